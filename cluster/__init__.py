@@ -1,0 +1,1 @@
+"""Where it runs: hardware profiles and launcher files."""

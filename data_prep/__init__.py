@@ -1,0 +1,1 @@
+"""Sources to Parquet shards with all three representations (Ray Data)."""

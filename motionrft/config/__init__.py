@@ -1,0 +1,1 @@
+"""Run configuration: schema, presets, loading."""

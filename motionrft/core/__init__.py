@@ -1,0 +1,1 @@
+"""Shared vocabulary: types, protocols, errors, seeding, logging. Standard library and torch only."""

@@ -1,0 +1,1 @@
+"""Parquet schema, collation, deterministic sampling. No Ray here."""

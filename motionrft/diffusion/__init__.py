@@ -1,0 +1,1 @@
+"""Schedules, solvers as affine tables, guidance, and the one denoising loop."""

@@ -1,0 +1,1 @@
+"""Metrics, evaluators and protocols that measure and are never trained against."""

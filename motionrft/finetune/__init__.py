@@ -1,0 +1,1 @@
+"""Plans, curriculum and the rollout step."""

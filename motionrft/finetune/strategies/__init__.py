@@ -1,0 +1,1 @@
+"""One frozen dataclass per fine-tuning method; each gives a plan."""

@@ -1,0 +1,1 @@
+"""Text-to-motion generators, one file per family."""

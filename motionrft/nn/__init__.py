@@ -1,0 +1,1 @@
+"""Transformer blocks, embeddings, frozen text encoders."""

@@ -1,0 +1,1 @@
+"""Plots, the HTML report, the motion player."""

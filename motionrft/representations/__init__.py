@@ -1,0 +1,1 @@
+"""The paper's three motion representations, their conversions and normalisers."""

@@ -1,0 +1,1 @@
+"""MotionReward: one reward model over three representations."""

@@ -1,0 +1,171 @@
+"""The unified reward: physical motion of any representation in, named per-sample terms out.
+
+Letters: B batch, T frames, D features, E = d latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import motionrft.reward.terms_physical  # noqa: F401  registers its terms
+from motionrft.core.errors import ConfigError, RepresentationError, explain
+from motionrft.core.types import Condition, Representation, RewardTerms, valid_mask
+from motionrft.reward.adapters import AdaptedTower
+from motionrft.reward.backbone import RewardBackbone
+from motionrft.reward.encoders import MotionTower
+from motionrft.reward.losses import cosine
+from motionrft.reward.noise import time_of_noise_level
+from motionrft.reward.terms import LEARNED_TERMS, MotionScale, build_terms
+
+
+class MotionReward(nn.Module):
+    """Deterministic, frozen, float32: posterior means, eval mode, gradients through the motion only.
+
+    Terms: `semantic` cos(motion, caption), `similarity` cos(motion, target), `preference` unbounded score,
+    `authenticity` probability of being real, and every registered term of `reward.terms`.
+
+    Args:
+        backbone: trained networks; this object takes them over and freezes them.
+        normalizers: `Normalizer` per representation: the statistics the backbone was trained with, on its device.
+        adapters: trained adapters and heads on that backbone; without them only the other terms exist.
+    """
+
+    def __init__(
+        self,
+        backbone: RewardBackbone,
+        normalizers: Mapping[Representation, MotionScale],
+        adapters: AdaptedTower | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = backbone.config
+        missing = [r for r in self.config.representations if Representation(r) not in normalizers]
+        if missing:
+            raise RepresentationError(
+                explain("a normaliser per representation", f"none for {missing}", "MotionReward", "Load its stats.")
+            )
+        self.normalizers = {r: normalizers[Representation(r)] for r in self.config.representations}
+        self.motion, self.text = backbone.motion, backbone.text
+        self.adapters = adapters
+        self.merged: nn.ModuleDict | None = None
+        self._terms = build_terms()
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> MotionReward:
+        """Stay in eval mode, whatever the module that holds this one is told."""
+        return super().train(False)
+
+    def freeze_for_scoring(self) -> MotionReward:
+        """Fold each adapter into its own plain tower copy: same scores up to rounding, fewer operations."""
+        if self.adapters is not None and self.merged is None:
+            self.merged = nn.ModuleDict({name: self.adapters.merged(name) for name in self.adapters.heads})
+        return self
+
+    @torch.no_grad()
+    def encode_text(self, condition: Condition) -> Tensor:
+        """Return caption embeddings (B, E), to be computed once per prompt batch."""
+        mu, _ = self.text(condition.tokens_BLD.float(), condition.mask_BL)
+        return mu
+
+    def embed(self, motion_BTD: Tensor, lengths_B: Tensor, representation: Representation) -> Tensor:
+        """Return embeddings (B, E) of clean physical motion: the similarity target, or a retrieval entry."""
+        with _full_precision(motion_BTD):
+            x = self._normalise(motion_BTD, lengths_B, representation)
+            mu, _ = self.motion(x, lengths_B, representation, self._time(0.0, len(x), x.device))
+        return mu
+
+    def score(
+        self,
+        motion_BTD: Tensor,
+        lengths_B: Tensor,
+        representation: Representation,
+        *,
+        text_BE: Tensor,
+        noise_level: float = 0.0,
+        target_BE: Tensor | None = None,
+        terms: Sequence[str],
+    ) -> RewardTerms:
+        """Return the named terms, each (B,) float32.
+
+        Args:
+            motion_BTD: physical motion (B, T, D), noisy by `noise_level` in the normalised space.
+            lengths_B: int64, 1 <= length <= T.
+            representation: of the motion.
+            text_BE: what `encode_text` gave for the captions.
+            noise_level: standard deviation of the noise in the scored motion, 0 clean .. 1 pure noise.
+            target_BE: what `embed` gave for the target of `similarity`.
+            terms: names to compute; nothing else is computed.
+
+        Raises:
+            ConfigError: for an unknown term, a learned term without its adapter, or `similarity` without target.
+            RepresentationError: for a representation the reward does not know, or the wrong number of features.
+        """
+        self._check(terms, target_BE)
+        values: dict[str, Tensor] = {}
+        with _full_precision(motion_BTD):
+            x = self._normalise(motion_BTD, lengths_B, representation)
+            t_B = self._time(noise_level, len(x), x.device)
+            if "semantic" in terms or "similarity" in terms:
+                mu, _ = self.motion(x, lengths_B, representation, t_B)
+                if "semantic" in terms:
+                    values["semantic"] = cosine(mu, text_BE)
+                if "similarity" in terms and target_BE is not None:
+                    values["similarity"] = cosine(mu, target_BE)
+            if "preference" in terms:
+                values["preference"] = self._head("preference", x, lengths_B, representation, t_B)[:, 0]
+            if "authenticity" in terms:
+                logits = self._head("authenticity", x, lengths_B, representation, t_B)
+                values["authenticity"] = torch.sigmoid(logits[:, 0] - logits[:, 1])
+            for name in terms:
+                if name in self._terms:
+                    kind = Representation(representation)
+                    values[name] = self._terms[name](motion_BTD.float(), lengths_B, kind, self.normalizers[kind])
+        return RewardTerms({name: values[name] for name in terms})
+
+    def _head(self, name: str, x: Tensor, lengths_B: Tensor, representation: str, t_B: Tensor | None) -> Tensor:
+        assert self.adapters is not None
+        if self.merged is None:
+            return self.adapters(name, x, lengths_B, representation, t_B)
+        tower = self.merged[name]
+        assert isinstance(tower, MotionTower)
+        mu, _ = tower(x, lengths_B, representation, t_B)
+        return self.adapters.heads[name](mu)
+
+    def _normalise(self, motion_BTD: Tensor, lengths_B: Tensor, representation: str) -> Tensor:
+        if representation not in self.normalizers:
+            raise RepresentationError(
+                explain(f"one of {list(self.normalizers)}", repr(str(representation)), "MotionReward", "Convert it.")
+            )
+        x = self.normalizers[representation].normalise(motion_BTD.float())
+        return torch.where(valid_mask(lengths_B, x.shape[1])[..., None], x, 0.0)
+
+    def _time(self, noise_level: float, batch: int, device: torch.device) -> Tensor | None:
+        if noise_level == 0.0 and self.config.time_token == "none_when_clean":
+            return None
+        return torch.full((batch,), time_of_noise_level(noise_level, self.config.max_t), device=device)
+
+    def _check(self, terms: Sequence[str], target_BE: Tensor | None) -> None:
+        unknown = [n for n in terms if n not in LEARNED_TERMS and n not in self._terms]
+        if unknown:
+            known = [*LEARNED_TERMS, *self._terms]
+            raise ConfigError(explain(f"terms of {known}", str(unknown), "MotionReward.score", "Check the weights."))
+        if self.adapters is None and {"preference", "authenticity"} & set(terms):
+            raise ConfigError(
+                explain(
+                    "trained preference and authenticity adapters",
+                    "a reward without adapters",
+                    "MotionReward.score",
+                    "Train them, or set the weights of these terms to 0.",
+                )
+            )
+        if "similarity" in terms and target_BE is None:
+            raise ConfigError(
+                explain("target_BE for 'similarity'", "None", "MotionReward.score", "Embed the reference motion first.")
+            )
+
+
+def _full_precision(motion_BTD: Tensor) -> torch.autocast:
+    return torch.autocast(motion_BTD.device.type, enabled=False)

@@ -1,0 +1,64 @@
+"""`core.protocols.Executor` over Ray tasks: the order of the shards, whatever the number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayTaskError
+
+from motionrft.core.errors import ConfigError, MotionRFTError
+
+Item = TypeVar("Item")
+Out = TypeVar("Out")
+
+
+@ray.remote
+def _call(fn: Callable[[Any], Any], shard: Any) -> Any:
+    return fn(shard)
+
+
+class RayExecutor:
+    """Runs a function over shards as Ray tasks, a bounded number at a time.
+
+    Args:
+        num_workers: tasks in flight.
+        cpus: logical CPUs per task.
+        gpus: GPUs per task.
+        max_retries: re-runs of a task whose process died (not of one that raised).
+    """
+
+    def __init__(self, num_workers: int, *, cpus: float = 1.0, gpus: float = 0.0, max_retries: int = 2) -> None:
+        if num_workers < 1:
+            raise ConfigError(f"executor num_workers must be >= 1, got {num_workers}")
+        self._num_workers = num_workers
+        self._task = _call.options(num_cpus=cpus, num_gpus=gpus, max_retries=max_retries)
+
+    def map_shards(self, fn: Callable[[Item], Out], shards: Sequence[Item]) -> list[Out]:
+        """Return [fn(shard) for shard in shards], computed in parallel.
+
+        `fn` travels once; what it closes over should be small or an object reference.
+
+        Raises:
+            MotionRFTError: the project's own errors come back as they were raised; others as Ray wraps them.
+        """
+        shared = ray.put(fn)
+        results: list[Any] = [None] * len(shards)
+        waiting = list(enumerate(shards))[::-1]
+        running: dict[Any, int] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < self._num_workers:
+                    index, shard = waiting.pop()
+                    running[self._task.remote(shared, shard)] = index
+                (done, *_), _ = ray.wait(list(running), num_returns=1)
+                results[running.pop(done)] = ray.get(done)
+        except RayTaskError as error:
+            if isinstance(error.cause, MotionRFTError):
+                raise error.cause from error
+            raise
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+        return results

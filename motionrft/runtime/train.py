@@ -1,0 +1,271 @@
+"""Ray Train: a list of training stages in one worker group, each continued from its own run folder after a failure.
+
+Starting a group costs seconds, so one `fit()` runs as many stages as need no isolation from one another. Checkpoints
+are the project's own folders under `run_dir`, on storage that all workers see; Ray is only told of progress. When a
+worker dies Ray restarts the group and calls the same function again: finished stages are skipped by their DONE.json,
+the interrupted one finds its latest checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from torch import nn
+
+from motionrft.config.hardware import HardwareConfig, ZeroConfig
+from motionrft.config.profiles import hardware_from_mapping
+from motionrft.core import errors
+from motionrft.core.errors import CheckpointError, ClusterError, ConfigError, MotionRFTError
+from motionrft.runtime.collective import TorchCollective
+from motionrft.runtime.deepspeed_engine import DeepSpeedEngine
+from motionrft.runtime.session import ray_session, worker_environment
+from motionrft.training.checkpoint import fingerprint
+from motionrft.training.optim import OptimConfig
+
+_LOG = logging.getLogger(__name__)
+DONE = "DONE.json"
+_REFUSED = "REFUSED.json"
+
+# stage(runtime, config, folder, data) -> JSON-safe result; `data` maps names to the object references given
+StageFn = Callable[["RayTrainRuntime", Mapping[str, Any], Path, Mapping[str, Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training job inside a `fit()`. Its folder is RUN_DIR/name.
+
+    `fn` is an import path "package.module:function" or a function that can be imported or pickled by Ray.
+    """
+
+    name: str
+    fn: str | StageFn
+    config: Mapping[str, Any] = field(default_factory=dict)  # JSON; the worker rebuilds objects from it
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ConfigError(f"stage name {self.name!r} must be a plain folder name")
+
+
+class RayTrainRuntime(TorchCollective):
+    """`core.protocols.Runtime` inside a Ray Train worker."""
+
+    def __init__(self, zero: ZeroConfig) -> None:
+        super().__init__(get_device())
+        self._zero = zero
+
+    def build_engine(self, module: nn.Module, optim: OptimConfig) -> DeepSpeedEngine:
+        """Return a DeepSpeed engine around the module, moved to this worker's device. A collective."""
+        return DeepSpeedEngine(module.to(self.device), optim, self._zero)
+
+    def report(self, metrics: Mapping[str, float], checkpoint_dir: Path | None = None) -> None:
+        """Tell Ray of progress, without uploading anything. A barrier: call it on every rank, at checkpoint cadence."""
+        where = {"checkpoint_dir": str(checkpoint_dir)} if checkpoint_dir is not None else {}
+        ray.train.report({**{name: float(value) for name, value in metrics.items()}, **where})
+
+
+def run_on_ray(
+    stages: Sequence[Stage],
+    *,
+    hardware: HardwareConfig,
+    run_dir: Path | str,
+    datasets: Mapping[str, Any] | None = None,
+    resume: bool = False,
+) -> dict[str, Mapping[str, Any]]:
+    """Run stages one after another in one group of workers and return {stage name: result}.
+
+    Args:
+        stages: executed in order; each sees the folders of those before it.
+        hardware: workers, ZeRO, Ray.
+        run_dir: the run folder, on storage every worker sees.
+        datasets: name -> object references (see `runtime.data`), handed to every stage.
+        resume: continue a run folder that already has stages; without it, such a folder is refused.
+
+    Raises:
+        MotionRFTError: the error a stage raised, as it was raised.
+        ClusterError: workers kept dying, or the cluster cannot run this.
+        ConfigError: the folder is in use and `resume` is off.
+    """
+    folder = Path(run_dir).resolve()  # workers have another working directory
+    _check_stages(stages, folder, resume)
+    folder.mkdir(parents=True, exist_ok=True)
+    attempt = uuid.uuid4().hex[:8]
+    (folder / _REFUSED).unlink(missing_ok=True)
+    with ray_session(hardware):
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={
+                "stages": [(stage.name, stage.fn, dict(stage.config)) for stage in stages],
+                "hardware": asdict(hardware),
+                "run_dir": str(folder),
+                "attempt": attempt,
+                "data": dict(datasets or {}),
+            },
+            torch_config=_torch_config(hardware),
+            scaling_config=_scaling_config(hardware),
+            run_config=RunConfig(  # type: ignore[call-arg]
+                # Unique: Ray silently continues an experiment of the same name with its own bookkeeping.
+                name=f"{folder.name}-{attempt}",
+                storage_path=str(Path(hardware.ray.storage_path or folder / ".ray_train").resolve()),
+                failure_config=FailureConfig(max_failures=hardware.ray.max_failures),
+                logging_config=LoggingConfig(log_level="WARNING"),
+                worker_runtime_env={"env_vars": worker_environment(hardware)},
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _own_error(error, folder) from error
+    refused = _read_json(folder / _REFUSED)
+    if refused is not None:
+        raise _rebuild(refused)
+    return {stage.name: _finished(folder / stage.name, stage.config) or {} for stage in stages}
+
+
+def _torch_config(hardware: HardwareConfig) -> TorchConfig:
+    backend = "nccl" if hardware.workers.use_gpu else "gloo"
+    return TorchConfig(backend=backend, timeout_s=hardware.ray.collective_timeout_s)
+
+
+def _scaling_config(hardware: HardwareConfig) -> ScalingConfig:
+    workers = hardware.workers
+    resources = {"CPU": workers.cpus_per_worker}
+    if workers.use_gpu:
+        resources["GPU"] = workers.gpus_per_worker
+    return ScalingConfig(num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=resources)
+
+
+def _check_stages(stages: Sequence[Stage], folder: Path, resume: bool) -> None:
+    names = [stage.name for stage in stages]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"stages need distinct names and at least one stage, got {names}")
+    used = [name for name in names if (folder / name).is_dir() and any((folder / name).iterdir())]
+    if used and not resume:
+        raise ConfigError(
+            f"run folder {folder} already holds {', '.join(used)}. "
+            "Pass --resume to continue it, or choose another folder"
+        )
+
+
+# --------------------------------------------------------------------------------------------------- in the workers
+
+
+def _worker(loop: dict[str, Any]) -> None:
+    """Run every stage that is not finished. Called again by Ray, from the start, after any worker failed."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    folder = Path(loop["run_dir"])
+    refused = _read_json(folder / _REFUSED)
+    if refused is not None and refused["attempt"] == loop["attempt"]:
+        return  # the error is deterministic: restarting cannot cure it, and the driver raises it from the file
+    runtime = RayTrainRuntime(hardware_from_mapping(loop["hardware"]).zero)
+    data = {name: _fetch(value) for name, value in loop["data"].items()}
+    for name, fn, config in loop["stages"]:
+        place = folder / name
+        finished = _finished(place, config)
+        runtime.barrier()  # nobody starts writing before everybody has looked
+        if finished is not None:
+            _LOG.info("stage %s was finished before", name)
+            continue
+        try:
+            result = _resolve(fn)(runtime, config, place, data)
+        except MotionRFTError as error:
+            _write_json(
+                folder / _REFUSED,
+                {"attempt": loop["attempt"], "stage": name, "type": type(error).__name__, "message": str(error)},
+                unique=f"rank{runtime.rank}",
+            )
+            raise
+        runtime.barrier()
+        if runtime.rank == 0:
+            place.mkdir(parents=True, exist_ok=True)
+            _write_json(place / DONE, {"config_fingerprint": fingerprint(config), "result": dict(result)})
+        runtime.barrier()
+
+
+def _resolve(fn: str | StageFn) -> StageFn:
+    if not isinstance(fn, str):
+        return fn
+    module, _, name = fn.partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+def _fetch(value: Any) -> Any:
+    """Turn an object reference, or a list of them, into values (zero-copy for Arrow tables)."""
+    if isinstance(value, ray.ObjectRef):
+        return ray.get(value)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, ray.ObjectRef) for v in value):
+        return ray.get(list(value))
+    return value
+
+
+def _finished(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return a finished stage's result, or None.
+
+    Raises:
+        CheckpointError: if it was finished with another configuration.
+    """
+    record = _read_json(folder / DONE)
+    if record is None:
+        return None
+    if record["config_fingerprint"] != fingerprint(config):
+        raise CheckpointError(
+            f"stage folder {folder} was finished with another configuration. Choose another run folder, or remove it"
+        )
+    return record["result"]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _write_json(path: Path, value: Mapping[str, Any], unique: str = "") -> None:
+    temporary = path.with_name(f".{path.name}.{unique}.writing")
+    with temporary.open("w", encoding="utf-8") as handle:
+        json.dump(value, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+
+def _own_error(error: TrainingFailedError, folder: Path) -> MotionRFTError:
+    """Translate Ray's failure: the stage's own error if there was one, else a ClusterError with the message."""
+    refused = _read_json(folder / _REFUSED)
+    if refused is not None:
+        return _rebuild(refused)
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    for rank in sorted(failures):
+        cause: BaseException | None = failures[rank]
+        while cause is not None:
+            if isinstance(cause, MotionRFTError):
+                return cause
+            cause = cause.__cause__
+    shown = "; ".join(f"worker {rank}: {_last_line(failures[rank])}" for rank in sorted(failures)) or _last_line(error)
+    return ClusterError(
+        f"training stopped after the allowed restarts: {shown}. Finished stages and checkpoints in {folder} are kept: "
+        "correct the cause and run the same command with --resume."
+    )
+
+
+def _rebuild(refused: Mapping[str, Any]) -> MotionRFTError:
+    kind = getattr(errors, refused["type"], MotionRFTError)
+    return kind(f"stage {refused['stage']}: {refused['message']}")  # type: ignore[no-any-return]
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

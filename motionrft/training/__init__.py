@@ -1,0 +1,1 @@
+"""One training loop, the checkpoint format, recipes."""

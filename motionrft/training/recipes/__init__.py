@@ -1,0 +1,1 @@
+"""Composition roots: model, data and loss of each stage."""
