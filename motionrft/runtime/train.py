@@ -2,19 +2,17 @@
 
 Starting a group costs seconds, so one `fit()` runs as many stages as need no isolation from one another. Checkpoints
 are the project's own folders under `run_dir`, on storage that all workers see; Ray is only told of progress. When a
-worker dies Ray restarts the group and calls the same function again: finished stages are skipped by their DONE.json,
+worker dies Ray restarts the group and calls the same function again: finished stages are skipped by their stage.json,
 the interrupted one finds its latest checkpoint.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +26,15 @@ from torch import nn
 from motionrft.config.hardware import HardwareConfig, ZeroConfig
 from motionrft.config.profiles import hardware_from_mapping
 from motionrft.core import errors
-from motionrft.core.errors import CheckpointError, ClusterError, ConfigError, MotionRFTError
+from motionrft.core.errors import ClusterError, MotionRFTError
 from motionrft.runtime.collective import TorchCollective
 from motionrft.runtime.deepspeed_engine import DeepSpeedEngine
 from motionrft.runtime.session import ray_session, worker_environment
-from motionrft.training.checkpoint import fingerprint
 from motionrft.training.optim import OptimConfig
+from motionrft.training.stages import Stage, check_stages, read_json, results, run_stages, write_json
 
 _LOG = logging.getLogger(__name__)
-DONE = "DONE.json"
 _REFUSED = "REFUSED.json"
-
-# stage(runtime, config, folder, data) -> JSON-safe result; `data` maps names to the object references given
-StageFn = Callable[["RayTrainRuntime", Mapping[str, Any], Path, Mapping[str, Any]], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training job inside a `fit()`. Its folder is RUN_DIR/name.
-
-    `fn` is an import path "package.module:function" or a function that can be imported or pickled by Ray.
-    """
-
-    name: str
-    fn: str | StageFn
-    config: Mapping[str, Any] = field(default_factory=dict)  # JSON; the worker rebuilds objects from it
-
-    def __post_init__(self) -> None:
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ConfigError(f"stage name {self.name!r} must be a plain folder name")
 
 
 class RayTrainRuntime(TorchCollective):
@@ -99,7 +77,7 @@ def run_on_ray(
         ConfigError: the folder is in use and `resume` is off.
     """
     folder = Path(run_dir).resolve()  # workers have another working directory
-    _check_stages(stages, folder, resume)
+    check_stages(stages, folder, resume)
     folder.mkdir(parents=True, exist_ok=True)
     attempt = uuid.uuid4().hex[:8]
     (folder / _REFUSED).unlink(missing_ok=True)
@@ -107,7 +85,7 @@ def run_on_ray(
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
-                "stages": [(stage.name, stage.fn, dict(stage.config)) for stage in stages],
+                "stages": list(stages),
                 "hardware": asdict(hardware),
                 "run_dir": str(folder),
                 "attempt": attempt,
@@ -128,10 +106,10 @@ def run_on_ray(
             trainer.fit()
         except TrainingFailedError as error:
             raise _own_error(error, folder) from error
-    refused = _read_json(folder / _REFUSED)
+    refused = read_json(folder / _REFUSED)
     if refused is not None:
         raise _rebuild(refused)
-    return {stage.name: _finished(folder / stage.name, stage.config) or {} for stage in stages}
+    return results(stages, folder)
 
 
 def _torch_config(hardware: HardwareConfig) -> TorchConfig:
@@ -147,18 +125,6 @@ def _scaling_config(hardware: HardwareConfig) -> ScalingConfig:
     return ScalingConfig(num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=resources)
 
 
-def _check_stages(stages: Sequence[Stage], folder: Path, resume: bool) -> None:
-    names = [stage.name for stage in stages]
-    if not names or len(set(names)) != len(names):
-        raise ConfigError(f"stages need distinct names and at least one stage, got {names}")
-    used = [name for name in names if (folder / name).is_dir() and any((folder / name).iterdir())]
-    if used and not resume:
-        raise ConfigError(
-            f"run folder {folder} already holds {', '.join(used)}. "
-            "Pass --resume to continue it, or choose another folder"
-        )
-
-
 # --------------------------------------------------------------------------------------------------- in the workers
 
 
@@ -166,39 +132,18 @@ def _worker(loop: dict[str, Any]) -> None:
     """Run every stage that is not finished. Called again by Ray, from the start, after any worker failed."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     folder = Path(loop["run_dir"])
-    refused = _read_json(folder / _REFUSED)
+    refused = read_json(folder / _REFUSED)
     if refused is not None and refused["attempt"] == loop["attempt"]:
         return  # the error is deterministic: restarting cannot cure it, and the driver raises it from the file
     runtime = RayTrainRuntime(hardware_from_mapping(loop["hardware"]).zero)
     data = {name: _fetch(value) for name, value in loop["data"].items()}
-    for name, fn, config in loop["stages"]:
-        place = folder / name
-        finished = _finished(place, config)
-        runtime.barrier()  # nobody starts writing before everybody has looked
-        if finished is not None:
-            _LOG.info("stage %s was finished before", name)
-            continue
-        try:
-            result = _resolve(fn)(runtime, config, place, data)
-        except MotionRFTError as error:
-            _write_json(
-                folder / _REFUSED,
-                {"attempt": loop["attempt"], "stage": name, "type": type(error).__name__, "message": str(error)},
-                unique=f"rank{runtime.rank}",
-            )
-            raise
-        runtime.barrier()
-        if runtime.rank == 0:
-            place.mkdir(parents=True, exist_ok=True)
-            _write_json(place / DONE, {"config_fingerprint": fingerprint(config), "result": dict(result)})
-        runtime.barrier()
 
+    def record(stage: str, error: Exception) -> None:
+        if isinstance(error, MotionRFTError):
+            text = {"attempt": loop["attempt"], "stage": stage, "type": type(error).__name__, "message": str(error)}
+            write_json(folder / _REFUSED, text, unique=f"rank{runtime.rank}")
 
-def _resolve(fn: str | StageFn) -> StageFn:
-    if not isinstance(fn, str):
-        return fn
-    module, _, name = fn.partition(":")
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    run_stages(loop["stages"], runtime, folder, data, record)
 
 
 def _fetch(value: Any) -> Any:
@@ -210,41 +155,12 @@ def _fetch(value: Any) -> Any:
     return value
 
 
-def _finished(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return a finished stage's result, or None.
-
-    Raises:
-        CheckpointError: if it was finished with another configuration.
-    """
-    record = _read_json(folder / DONE)
-    if record is None:
-        return None
-    if record["config_fingerprint"] != fingerprint(config):
-        raise CheckpointError(
-            f"stage folder {folder} was finished with another configuration. Choose another run folder, or remove it"
-        )
-    return record["result"]
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _write_json(path: Path, value: Mapping[str, Any], unique: str = "") -> None:
-    temporary = path.with_name(f".{path.name}.{unique}.writing")
-    with temporary.open("w", encoding="utf-8") as handle:
-        json.dump(value, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-
-
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
 def _own_error(error: TrainingFailedError, folder: Path) -> MotionRFTError:
     """Translate Ray's failure: the stage's own error if there was one, else a ClusterError with the message."""
-    refused = _read_json(folder / _REFUSED)
+    refused = read_json(folder / _REFUSED)
     if refused is not None:
         return _rebuild(refused)
     failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}

@@ -20,10 +20,11 @@ from motionrft.core.errors import ClusterError, ConfigError, DataError, Numerica
 from motionrft.runtime.data import check_object_store, load_blocks, uncompressed_bytes
 from motionrft.runtime.executor import RayExecutor
 from motionrft.runtime.session import check_capacity, ray_session
-from motionrft.runtime.train import Stage, run_on_ray
+from motionrft.runtime.train import run_on_ray
 from motionrft.runtime.tune import SearchConfig, apply_overrides, run_search, to_domain
 from motionrft.training.metrics import read_metrics
 from motionrft.training.runtime_local import LocalRuntime
+from motionrft.training.stages import Stage
 from tests.ray_stages import coupled
 
 COUPLED = "tests.ray_stages:coupled"
