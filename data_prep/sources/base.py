@@ -33,6 +33,7 @@ class SourceClip:
     source: str  # name of the source
     rotations_TJ33: np.ndarray | None = None  # (T, 22, 3, 3) local joint rotations, root included, SMPL convention
     rot_source: str = ""  # one of ROT_SOURCES; "" iff there are no rotations
+    kinematic_TD: np.ndarray | None = None  # (T, 263) released features, row-aligned with joints: kept as given
 
 
 @dataclass(frozen=True)

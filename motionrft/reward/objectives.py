@@ -387,9 +387,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     return _ScaleGradient.apply(x, factor)
 
 
-def _encode_all(
-    tower: Any, motions: Mapping[str, Tensor], lengths_B: Tensor, t_B: Tensor
-) -> dict[str, Posterior]:
+def _encode_all(tower: Any, motions: Mapping[str, Tensor], lengths_B: Tensor, t_B: Tensor) -> dict[str, Posterior]:
     """Return posteriors of several representations from one pass of the shared encoder."""
     projected = [tower.project(x, lengths_B, n) for n, x in motions.items()]
     tokens, mask = (torch.cat(parts) for parts in zip(*projected, strict=True))

@@ -131,6 +131,7 @@ def _scaling_config(hardware: HardwareConfig) -> ScalingConfig:
 def _worker(loop: dict[str, Any]) -> None:
     """Run every stage that is not finished. Called again by Ray, from the start, after any worker failed."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    _log_to(Path(loop["run_dir"]), ray.train.get_context().get_world_rank())
     folder = Path(loop["run_dir"])
     refused = read_json(folder / _REFUSED)
     if refused is not None and refused["attempt"] == loop["attempt"]:
@@ -144,6 +145,23 @@ def _worker(loop: dict[str, Any]) -> None:
             write_json(folder / _REFUSED, text, unique=f"rank{runtime.rank}")
 
     run_stages(loop["stages"], runtime, folder, data, record)
+
+
+def _log_to(folder: Path, rank: int) -> None:
+    """Write this worker's records to FOLDER/worker_RANK.log; rank 0 also speaks to the driver's terminal."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    root.setLevel(logging.INFO)
+    shape = logging.Formatter(f"%(asctime)s rank {rank} %(message)s", "%H:%M:%S")
+    handlers: list[logging.Handler] = [logging.FileHandler(folder / f"worker_{rank}.log", encoding="utf-8")]
+    if rank == 0:
+        handlers.append(logging.StreamHandler())
+    for handler in handlers:
+        handler.setFormatter(shape)
+        root.addHandler(handler)
+    for name in ("deepspeed", "DeepSpeed", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _fetch(value: Any) -> Any:

@@ -23,6 +23,7 @@ import yaml
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import BasicVariantGenerator
 
+from motionrft.config.load import set_field
 from motionrft.core.errors import ClusterError, ConfigError
 
 _LOG = logging.getLogger(__name__)
@@ -238,12 +239,8 @@ def _write_results(folder: Path, rows: list[dict[str, Any]], best: Mapping[str, 
 
 
 def apply_overrides(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a nested mapping with dotted fields set; missing levels are created."""
+    """Return a copy of a nested configuration with dotted fields set; missing levels are created."""
     result = deepcopy(dict(base))
     for dotted, value in overrides.items():
-        *parents, leaf = dotted.split(".")
-        place = result
-        for key in parents:
-            place = place.setdefault(key, {})
-        place[leaf] = value
+        set_field(result, dotted, value)
     return result

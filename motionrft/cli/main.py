@@ -1,0 +1,91 @@
+"""`motionrft VERB`: one parser, one place where errors become messages and exit codes.
+
+Exit codes: 0 done, 1 a defect (with traceback), 2 something the user can correct, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from motionrft.core.errors import MotionRFTError
+
+# Verb -> (module, one line). Modules are imported when their verb is called: `motionrft --help` costs nothing.
+VERBS = {
+    "prepare": ("motionrft.cli.prepare", "any source -> dataset: shards, statistics, text features"),
+    "pretrain": ("motionrft.cli.train", "train a small generator from scratch"),
+    "evaluator": ("motionrft.cli.train", "train an evaluator: the network that only measures"),
+    "reward": ("motionrft.cli.train", "train the reward model: semantic stage, pairs, adapters"),
+    "finetune": ("motionrft.cli.train", "fine-tune a generator on the reward"),
+    "tune": ("motionrft.cli.tune", "search over `finetune` with Ray Tune"),
+    "generate": ("motionrft.cli.generate", "captions -> motions"),
+    "evaluate": ("motionrft.cli.evaluate", "score generators on a split, with intervals"),
+    "report": ("motionrft.cli.report", "one HTML page of a run folder"),
+    "import": ("motionrft.cli.convert", "released weights -> a model folder"),
+    "quickstart": ("motionrft.cli.quickstart_verb", "all of the above, small, on this machine"),
+    "bench": ("motionrft.cli.bench", "measure: memory, convert, ingest"),
+    "doctor": ("motionrft.cli.doctor", "what is installed, what is missing, what provides it"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser = _parser(arguments[0] if arguments else "")
+    options = parser.parse_args(arguments)
+    if not options.verb:
+        parser.print_help()
+        return 0
+    debug = bool(getattr(options, "debug", False))
+    try:
+        module = importlib.import_module(VERBS[options.verb][0])
+        return int(module.run(options) or 0)
+    except KeyboardInterrupt as stopped:
+        print(f"\nstopped: {stopped or 'by Ctrl-C'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except MotionRFTError as error:
+        if debug:
+            raise
+        print(f"\nmotionrft {options.verb}: {type(error).__name__}\n  {error}", file=sys.stderr)
+        return 2
+    finally:
+        logging.shutdown()
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="motionrft", description="Reinforcement fine-tuning of text-to-motion models."
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    for name, (module, text) in VERBS.items():
+        sub = verbs.add_parser(name, help=text, description=text)
+        if name == verb:  # only the called verb pays for its imports
+            importlib.import_module(module).add_arguments(sub, name)
+            sub.add_argument("--debug", action="store_true", help="show tracebacks and debug records")
+    return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, run_dir: str) -> None:
+    """Add what every verb with a run folder takes."""
+    parser.add_argument("--preset", help="quickstart, smoke, paper or upstream")
+    parser.add_argument("--profile", help="hardware: cpu2, gpu1, gpu8, nodes4x8, or a YAML file")
+    parser.add_argument("--config", action="append", default=[], type=Path, help="YAML file; later ones win")
+    parser.add_argument("--run-dir", type=Path, default=Path(run_dir), help=f"run folder (default {run_dir})")
+    parser.add_argument("--resume", action="store_true", help="continue what is in the run folder")
+    parser.add_argument("--backend", choices=("single", "deepspeed"), help="one plain process, or Ray with DeepSpeed")
+    parser.add_argument(
+        "fields", nargs="*", metavar="FIELD=VALUE", help="configuration fields, e.g. finetune.optim.lr=1e-5"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""Classifier-free guidance: two conditions in one forward, combined afterwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Return u + s (c - u). Affine, so guiding eps or x0 at the same state gives the same sample."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def double_rows(x: Tensor) -> Tensor:
+    """Return the batch twice, (2B, ...): first for the caption, then for the empty condition."""
+    return torch.cat([x, x])
+
+
+def guide_doubled(out: Tensor, scale: float) -> Tensor:
+    """Return the guided output (B, ...) of a doubled batch (2B, ...)."""
+    conditional, unconditional = out.chunk(2)
+    return guide(conditional, unconditional, scale)

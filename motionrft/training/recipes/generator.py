@@ -1,0 +1,324 @@
+"""Recipes of generators: pre-training, its continuation as a control, generating for captions; saving and loading.
+
+Pre-training runs at a constant learning rate with a parameter average, so that a snapshot on the way is as finished a
+model as the last one, and going on from a snapshot is the same training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from motionrft.core.errors import CheckpointError, ConfigError
+from motionrft.core.plain import from_plain, to_plain
+from motionrft.core.protocols import Engine, MotionGenerator, Runtime
+from motionrft.core.rng import derive_seed, numpy_rng
+from motionrft.core.types import MotionBatch, Representation
+from motionrft.generators.mdm import pretrain_loss
+from motionrft.generators.registry import GeneratorConfig, build_generator, generator_card, generator_from_card
+from motionrft.generators.sampling import generate
+from motionrft.representations.normalize import Normalizer
+from motionrft.training.checkpoint import Card, Snapshot, load_checkpoint, load_into, save_checkpoint
+from motionrft.training.ema import Ema
+from motionrft.training.optim import OptimConfig
+from motionrft.training.recipes.common import BatchSource, Split, TrainConfig, close, train, whole_parameters
+from motionrft.training.stages import read_json, seconds_of, write_json
+
+KIND = "generator"
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """How a generator is trained from scratch."""
+
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=800,
+            batch_size=64,
+            ema_decay=0.995,
+            optim=OptimConfig(lr=4e-4, schedule="constant", warmup_steps=50),
+        )
+    )
+    """Length and optimiser."""
+    longer: float = 1.0
+    """Go on to this multiple of `train.steps` in the same run; the model at `train.steps` is kept as well."""
+    representation: str = "kinematic"
+    """What it generates."""
+
+    def __post_init__(self) -> None:
+        """Check the multiple."""
+        if self.longer < 1.0:
+            raise ConfigError(f"pretrain.longer must be at least 1, got {self.longer}")
+
+    @property
+    def long_steps(self) -> int:
+        """Batches of the longer training."""
+        return round(self.train.steps * self.longer)
+
+
+@dataclass(frozen=True)
+class PretrainJob:
+    """One pre-training run, or the continuation of one."""
+
+    dataset: str
+    """Dataset folder."""
+    seed: int = 0
+    """Of weights, data order, noise."""
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    """What is trained."""
+    recipe: PretrainRecipe = field(default_factory=PretrainRecipe)
+    """How."""
+    continue_from: str = ""
+    """Folder of a pre-training stage whose kept snapshot this one goes on from, with its own data order."""
+    seconds_of: str = ""
+    """With `continue_from`: train for as many seconds as this finished stage took, instead of `recipe.train.steps`."""
+
+
+def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Stage: train a generator and write FOLDER/model (and FOLDER/model_long if the recipe goes on)."""
+    job = from_plain(PretrainJob, config, "pretrain")
+    split = Split.open(job.dataset, "train", data)
+    representation = Representation(job.recipe.representation)
+    normalizer = split.normalizer(representation)
+    batches = BatchSource(
+        split,
+        [representation],
+        job.generator.max_frames,
+        job.recipe.train.batch_size,
+        derive_seed("pretrain-data", job.seed, job.continue_from != ""),
+        runtime,
+    )
+    generator, card = _new_generator(job, split, normalizer)
+    _to(generator, runtime.device)
+    steps = _planned_steps(job, folder, runtime)
+    settings = replace(job.recipe.train, steps=steps)
+    base_steps = job.recipe.train.steps
+    validation = Split.open(job.dataset, "val", data) if settings.validate_every else None
+    start = _Start(job.continue_from)
+    noise_seed = derive_seed("pretrain-noise", job.seed, job.continue_from != "")
+
+    def loss_of(engine: Engine, batch: MotionBatch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        loss_B, metrics = pretrain_loss(generator, engine, batch, step, noise_seed)  # type: ignore[arg-type]
+        loss = loss_B.mean()
+        return loss, {**metrics, "loss/total": loss.detach()}
+
+    def on_step(engine: Engine, ema: Ema | None, done: int) -> Mapping[str, float] | None:
+        if done == base_steps and not job.continue_from:
+            _keep(engine, ema, runtime, folder / "model", card, normalizer, done)
+            _keep_snapshot(engine, ema, runtime, folder / "snapshot", card, done)
+        if validation is not None and done % settings.validate_every == 0:
+            return {"loss/validation": _validation_loss(generator, engine, ema, validation, runtime, job)}
+        return None
+
+    engine, ema, outcome = train(
+        runtime, generator.network, settings, folder, card, job.seed, batches, loss_of, on_step, start.apply
+    )
+    if job.continue_from:
+        _keep(engine, ema, runtime, folder / "model", card, normalizer, outcome.step)
+    elif steps > base_steps:
+        _keep(engine, ema, runtime, folder / "model_long", card, normalizer, outcome.step)
+    close(engine)
+    return {"steps": steps, "base_steps": base_steps, "loss": outcome.metrics.get("loss/total", math.nan)}
+
+
+class _Start:
+    """Weights, moments and average of the snapshot that a continuation begins with."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def apply(self, engine: Engine, ema: Ema | None) -> None:
+        """Restore the snapshot; nothing without one."""
+        if not self.folder:
+            return
+        found = load_checkpoint(Path(self.folder) / "snapshot", expected_kind=KIND).snapshot
+        state = {f"param/{name}": tensor for name, tensor in found.model.items()}
+        engine.import_state({**state, **found.optimizer}, found.optimizer_step)
+        if ema is not None:
+            ema.import_state(found.extras["ema"])
+
+
+def _planned_steps(job: PretrainJob, folder: Path, runtime: Runtime) -> int:
+    """Return the batches to run. Seconds become batches once: a resumed control keeps its length."""
+    if not job.continue_from:
+        return job.recipe.long_steps
+    if not job.seconds_of:
+        return job.recipe.train.steps
+    plan = folder / "plan.json"
+    runtime.barrier()
+    if runtime.rank == 0 and not plan.exists():
+        source = Path(job.continue_from)
+        record = read_json(source / "stage.json")
+        if record is None:
+            raise CheckpointError(f"{source} is not a finished pre-training stage: it has no stage.json")
+        per_batch = float(record["seconds"]) / float(record["result"]["steps"])
+        seconds = seconds_of(Path(job.seconds_of))
+        folder.mkdir(parents=True, exist_ok=True)
+        steps = max(1, round(seconds / per_batch))
+        write_json(plan, {"steps": steps, "seconds": seconds, "seconds_per_batch": per_batch})
+    runtime.barrier()
+    return int((read_json(plan) or {})["steps"])
+
+
+def _new_generator(job: PretrainJob, split: Split, normalizer: Normalizer) -> tuple[MotionGenerator, Card]:
+    text = {"text_dim": split.text.dim, "text_encoder": split.text.fingerprint, "fps": split.clips.fps}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("generator", job.seed))
+        generator = build_generator(job.generator, normalizer, **text)  # type: ignore[arg-type]
+    made = to_plain(generator_card(job.generator, normalizer, **text))  # type: ignore[arg-type]
+    return generator, generator_checkpoint_card(made, normalizer, {"job": to_plain(job)})
+
+
+def generator_checkpoint_card(
+    description: Mapping[str, Any], normalizer: Normalizer, origin: Mapping[str, Any]
+) -> Card:
+    """Return the card of a generator's checkpoint: how to rebuild it, what it was trained with, where it comes from."""
+    prints = {
+        f"normalizer/{normalizer.representation.value}": normalizer.fingerprint,
+        "text_encoder": str(description["text_encoder"]),
+    }
+    return Card(KIND, {"generator": dict(description), "origin": dict(origin)}, prints)
+
+
+def _keep(
+    engine: Engine, ema: Ema | None, runtime: Runtime, place: Path, card: Card, normalizer: Normalizer, done: int
+) -> None:
+    """Write the model (the average, where there is one) to PLACE. Collective."""
+    weights = whole_parameters(engine, ema)
+    if runtime.rank == 0:
+        save_weights(place, weights, card, normalizer, done, engine.steps)
+
+
+def _keep_snapshot(engine: Engine, ema: Ema | None, runtime: Runtime, place: Path, card: Card, done: int) -> None:
+    """Write what training needs to go on from here. Collective."""
+    state = engine.export_state()
+    average = ema.export_state() if ema is not None else {}
+    if runtime.rank == 0:
+        model = {name.removeprefix("param/"): t for name, t in state.items() if name.startswith("param/")}
+        moments = {name: t for name, t in state.items() if not name.startswith("param/")}
+        extras = {"ema": average} if average else {}
+        save_checkpoint(place, Snapshot(done, engine.steps, model, moments, extras), card)
+
+
+@torch.no_grad()
+def _validation_loss(
+    generator: MotionGenerator, engine: Engine, ema: Ema | None, split: Split, runtime: Runtime, job: PretrainJob
+) -> float:
+    """Return the loss of this rank's share of validation clips, at times and noise that never change."""
+    rows = range(runtime.rank, len(split.clips), runtime.world)
+    batch = split.batch(rows, [generator.spec.representation], job.generator.max_frames).to(runtime.device)
+    module = engine.module
+    module.eval()
+    with ema.applied(module) if ema is not None else nullcontext():
+        loss_B, _ = pretrain_loss(generator, module, batch, 0, derive_seed("validation"))  # type: ignore[arg-type]
+    module.train()
+    return float(loss_B.mean())
+
+
+# ------------------------------------------------------------------------------------------------ weights on disk
+
+
+def save_weights(
+    place: Path, weights: Mapping[str, Tensor], card: Card, normalizer: Normalizer, done: int, optimizer_steps: int
+) -> Path:
+    """Write a generator's weights with its statistics to PLACE and return the checkpoint folder."""
+    model = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
+    extras = {"normalizer": {"mean": normalizer.mean.cpu().clone(), "std": normalizer.std.cpu().clone()}}
+    return save_checkpoint(place, Snapshot(done, optimizer_steps, model, {}, extras), card)
+
+
+def load_generator(folder: Path | str, device: torch.device | str = "cpu") -> MotionGenerator:
+    """Return the generator whose weights lie in a model folder, in eval mode.
+
+    Raises:
+        CheckpointError: missing, damaged, or of something else.
+    """
+    checkpoint = load_checkpoint(Path(folder), expected_kind=KIND)
+    description = checkpoint.card.config["generator"]
+    packed = checkpoint.snapshot.extras["normalizer"]
+    normalizer = Normalizer(packed["mean"], packed["std"], Representation(description["representation"]))
+    with torch.random.fork_rng(devices=[]):  # the weights are overwritten: callers keep their random state
+        _, generator = generator_from_card(description, normalizer)
+    load_into(generator.network, checkpoint)
+    generator.network.eval()
+    return _to(generator, device)
+
+
+def load_description(folder: Path | str) -> tuple[Card, Normalizer]:
+    """Return a model's card and statistics, to save weights derived from it."""
+    checkpoint = load_checkpoint(Path(folder), expected_kind=KIND)
+    packed = checkpoint.snapshot.extras["normalizer"]
+    kind = Representation(checkpoint.card.config["generator"]["representation"])
+    return checkpoint.card, Normalizer(packed["mean"], packed["std"], kind)
+
+
+def _to(generator: MotionGenerator, device: torch.device | str) -> MotionGenerator:
+    generator.to(device)  # type: ignore[attr-defined]
+    return generator
+
+
+# --------------------------------------------------------------------------------------------------------- generating
+
+
+@dataclass(frozen=True)
+class GenerateJob:
+    """Motions for the captions of dataset splits: the generated side of authenticity pairs."""
+
+    dataset: str
+    """Dataset folder."""
+    generator: str
+    """Model folder."""
+    splits: tuple[str, ...] = ("train", "val")
+    """For whose captions and lengths."""
+    clips: int = 0
+    """At most this many per split, drawn by seed; 0 = all."""
+    num_steps: int = 10
+    """Denoising steps."""
+    batch_size: int = 128
+    """Clips at a time."""
+    seed: int = 0
+    """Of the choice and the noise."""
+
+
+def run_generate(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Stage: every rank generates its share of clips into FOLDER/SPLIT_rank.npz (rows, lengths, motion)."""
+    job = from_plain(GenerateJob, config, "generate")
+    generator = load_generator(job.generator, runtime.device)
+    kind = generator.spec.representation
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for name in job.splits:
+        split = Split.open(job.dataset, name, data)
+        order = numpy_rng("generate", job.seed, name).permutation(split.clips.rows(with_captions=True))
+        chosen = np.sort(order[: job.clips or None])
+        mine = chosen[runtime.rank :: runtime.world].tolist()
+        counts[name] = len(chosen)
+        if not mine:
+            continue
+        batch = split.batch(mine, [kind], generator.spec.max_frames).to(runtime.device)
+        motion = generate(
+            generator,
+            None,
+            batch.text,
+            batch.lengths_B,
+            batch.keys_B,
+            num_steps=job.num_steps,
+            seed=job.seed,
+            batch_size=job.batch_size,
+        )
+        np.savez(
+            folder / f"{name}_{runtime.rank}.npz",
+            rows=np.array(mine),
+            lengths=batch.lengths_B.cpu().numpy(),
+            motion=motion.cpu().numpy(),
+            representation=np.array(kind.value),
+        )
+    return {"clips": counts, "world": runtime.world}

@@ -1,0 +1,305 @@
+"""Recipes of the reward model: the semantic stage on all representations, then one adapter at a time.
+
+What a stage leaves behind, in FOLDER/model: a checkpoint without moments whose card names sizes, statistics and text
+encoder. The statistics themselves travel with the backbone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from motionrft.core.errors import CheckpointError, ConfigError
+from motionrft.core.plain import from_plain, to_plain
+from motionrft.core.protocols import Engine, Runtime
+from motionrft.core.rng import derive_seed
+from motionrft.core.types import Representation
+from motionrft.data.pairs import PairTable
+from motionrft.data.sampler import EpochSampler
+from motionrft.representations.normalize import Normalizer
+from motionrft.reward.adapters import AdaptedTower
+from motionrft.reward.backbone import RewardBackbone, build_backbone
+from motionrft.reward.config import AdapterConfig, MotionRewardConfig
+from motionrft.reward.motion_reward import MotionReward
+from motionrft.reward.objectives import (
+    AdapterObjectiveConfig,
+    AuthenticityObjective,
+    PreferenceObjective,
+    SemanticConfig,
+    SemanticObjective,
+)
+from motionrft.training.checkpoint import Card, Checkpoint, Snapshot, load_checkpoint, save_checkpoint
+from motionrft.training.optim import OptimConfig
+from motionrft.training.recipes.common import (
+    BatchSource,
+    Split,
+    TrainConfig,
+    close,
+    put_parameters,
+    train,
+    whole_parameters,
+)
+
+BACKBONE = "reward/backbone"
+ADAPTER = "reward/adapter"
+
+
+@dataclass(frozen=True)
+class RewardRecipe:
+    """How the semantic stage is trained."""
+
+    model: MotionRewardConfig = field(default_factory=MotionRewardConfig)
+    """Sizes."""
+    semantic: SemanticConfig = field(default_factory=SemanticConfig)
+    """Loss weights."""
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=300, batch_size=128, optim=OptimConfig(lr=5e-4, schedule="onecycle"))
+    )
+    """Length and optimiser."""
+    max_frames: int = 196
+    """Longest crop."""
+
+
+@dataclass(frozen=True)
+class RewardJob:
+    """The semantic stage of a run."""
+
+    dataset: str
+    """Dataset folder."""
+    seed: int = 0
+    """Of weights, data order, noise."""
+    recipe: RewardRecipe = field(default_factory=RewardRecipe)
+    """How it is trained."""
+
+
+def run_semantic(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Stage: train the backbone and write FOLDER/model; return validation retrieval per representation."""
+    job = from_plain(RewardJob, config, "reward")
+    split = Split.open(job.dataset, "train", data)
+    if split.text.dim != job.recipe.model.text_token_dim:
+        raise ConfigError(
+            f"reward.model.text_token_dim is {job.recipe.model.text_token_dim}, but the dataset's text encoder gives "
+            f"{split.text.dim} features per token: set it to {split.text.dim}, or prepare with another encoder"
+        )
+    representations = [Representation(r) for r in job.recipe.model.representations]
+    normalizers = {r: split.normalizer(r) for r in representations}
+    backbone = build_backbone(job.recipe.model, job.seed)
+    plain = copy.deepcopy(backbone)
+    objective = SemanticObjective(
+        backbone,
+        {r: n.to(runtime.device) for r, n in normalizers.items()},
+        job.recipe.semantic,
+        job.seed,
+        runtime,
+    )
+    seed = derive_seed("reward", job.seed)
+    batches = BatchSource(split, representations, job.recipe.max_frames, job.recipe.train.batch_size, seed, runtime)
+    prints = {f"normalizer/{r.value}": n.fingerprint for r, n in normalizers.items()}
+    prints["text_encoder"] = split.text.fingerprint
+    card = Card(BACKBONE, to_plain(job), prints)
+    engine, ema, outcome = train(
+        runtime,
+        objective,
+        job.recipe.train,
+        folder,
+        card,
+        seed,
+        batches,
+        lambda engine, batch, step: engine(**objective.inputs(batch, step)),
+    )
+    weights = whole_parameters(engine, ema)
+    close(engine)
+    if runtime.rank != 0:
+        return {}
+    put_parameters(plain, {n.removeprefix("backbone."): w for n, w in weights.items()})
+    model = {name: t.detach().float().cpu().contiguous() for name, t in plain.state_dict().items()}
+    extras = {"normalizers": _pack(normalizers)}
+    save_checkpoint(folder / "model", Snapshot(outcome.step, outcome.optimizer_steps, model, {}, extras), card)
+    return _validate(plain, normalizers, job, data)
+
+
+@torch.no_grad()
+def _validate(
+    backbone: RewardBackbone, normalizers: Mapping[Representation, Normalizer], job: RewardJob, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return mean cosine of matching caption and motion, and top-1 among distinct classes, per representation."""
+    validation = Split.open(job.dataset, "val", data)
+    reward = MotionReward(backbone, normalizers)
+    found: dict[str, Any] = {}
+    for representation in normalizers:
+        batch = validation.batch(range(len(validation.clips)), [representation], job.recipe.max_frames)
+        text = torch.nn.functional.normalize(reward.encode_text(batch.text), dim=-1)
+        motion = torch.nn.functional.normalize(
+            reward.embed(batch.motions[representation], batch.lengths_B, representation), dim=-1
+        )
+        similarity = text @ motion.T
+        same = (batch.class_ids_B[:, None] == batch.class_ids_B[None]) & (batch.class_ids_B >= 0)
+        same |= torch.eye(len(batch), dtype=torch.bool)
+        nearest = similarity.argmax(1)
+        found[representation.value] = {
+            "cosine": float(similarity.diagonal().mean()),
+            "class_top1": float(same[torch.arange(len(batch)), nearest].float().mean()),
+        }
+    return {"validation": found}
+
+
+def _pack(normalizers: Mapping[Representation, Normalizer]) -> dict[str, torch.Tensor]:
+    parts: dict[str, torch.Tensor] = {}
+    for r, n in normalizers.items():
+        parts |= {f"{r.value}/mean": n.mean.cpu().clone(), f"{r.value}/std": n.std.cpu().clone()}
+    return parts
+
+
+def load_backbone(folder: Path | str) -> tuple[RewardBackbone, dict[Representation, Normalizer], Checkpoint]:
+    """Return a trained backbone, its statistics and its checkpoint.
+
+    Raises:
+        CheckpointError: missing, damaged, or of something else.
+    """
+    checkpoint = load_checkpoint(Path(folder), expected_kind=BACKBONE)
+    job = from_plain(RewardJob, checkpoint.card.config, f"card of {folder}")
+    backbone = build_backbone(job.recipe.model, job.seed)
+    backbone.load_state_dict(dict(checkpoint.snapshot.model), strict=True)
+    packed = checkpoint.snapshot.extras["normalizers"]
+    normalizers = {
+        Representation(r): Normalizer(packed[f"{r}/mean"], packed[f"{r}/std"], Representation(r))
+        for r in job.recipe.model.representations
+    }
+    for r, n in normalizers.items():
+        if checkpoint.card.fingerprints[f"normalizer/{r.value}"] != n.fingerprint:
+            raise CheckpointError(f"checkpoint {checkpoint.path}: its {r.value} statistics do not match its card")
+    return backbone, normalizers, checkpoint
+
+
+# ----------------------------------------------------------------------------------------------------------- adapters
+
+
+@dataclass(frozen=True)
+class AdapterRecipe:
+    """How one adapter is trained."""
+
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """Rank and scale."""
+    objective: AdapterObjectiveConfig = field(default_factory=AdapterObjectiveConfig)
+    """Representations and noise."""
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=200, batch_size=64, optim=OptimConfig(lr=5e-4, schedule="onecycle"))
+    )
+    """Length and optimiser; batch_size counts pairs (preference) or motions (authenticity)."""
+
+
+@dataclass(frozen=True)
+class AdapterJob:
+    """One adapter of a run."""
+
+    name: str
+    """ "preference" or "authenticity"."""
+    backbone: str
+    """Folder of the backbone's checkpoint."""
+    pairs: str
+    """Folder of the pair tables."""
+    seed: int = 0
+    """Of weights, data order, noise."""
+    recipe: AdapterRecipe = field(default_factory=AdapterRecipe)
+    """How it is trained."""
+
+
+class _PairBatches:
+    """Rows of a pair table as the objective's inputs; a pure function of the step."""
+
+    def __init__(self, job: AdapterJob, table: PairTable, runtime: Runtime) -> None:
+        self.table, self.device = table, runtime.device
+        self.sampler = EpochSampler(
+            len(table), job.recipe.train.batch_size, derive_seed("pairs", job.seed), runtime.rank, runtime.world
+        )
+        self.representations = [Representation(r) for r in job.recipe.objective.representations]
+
+    def __call__(self, step: int) -> Any:
+        return self.table.inputs(self.sampler.batch(step), self.representations, self.device)
+
+    def item_ids(self, step: int) -> list[str]:
+        return [self.table.pair_ids[row] for row in self.sampler.batch(step)]
+
+
+def run_adapter(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Stage: train one adapter on the frozen backbone and write FOLDER/model; return held-out accuracy."""
+    job = from_plain(AdapterJob, config, "adapter")
+    backbone, normalizers, _ = load_backbone(job.backbone)
+    adapted = AdaptedTower(backbone.motion, job.recipe.adapter, job.seed)
+    kind = {"preference": PreferenceObjective, "authenticity": AuthenticityObjective}[job.name]
+    table = PairTable.open(Path(job.pairs), job.name, "train")
+    on_device = {r: n.to(runtime.device) for r, n in normalizers.items()}
+    objective = kind(adapted, on_device, job.recipe.objective, job.seed)
+    card = Card(
+        ADAPTER,
+        to_plain(job),
+        {
+            "backbone": adapted.backbone_fingerprint,
+            **{f"normalizer/{r}": n.fingerprint for r, n in normalizers.items()},
+        },
+    )
+
+    def loss_of(engine: Engine, inputs: Any, step: int) -> Any:
+        return engine(**inputs, step=step)
+
+    engine, ema, outcome = train(
+        runtime,
+        objective,
+        job.recipe.train,
+        folder,
+        card,
+        derive_seed("adapter", job.name, job.seed),
+        _PairBatches(job, table, runtime),  # type: ignore[arg-type]
+        loss_of,
+    )
+    weights = whole_parameters(engine, ema)
+    close(engine)
+    if runtime.rank != 0:
+        return {}
+    put_parameters(objective, {n: w.to(runtime.device) for n, w in weights.items()})
+    state = adapted.adapter_state(job.name)
+    save_checkpoint(folder / "model", Snapshot(outcome.step, outcome.optimizer_steps, state, {}), card)
+    return {"validation": _held_out(objective, job, runtime)}
+
+
+@torch.no_grad()
+def _held_out(objective: Any, job: AdapterJob, runtime: Runtime) -> dict[str, float]:
+    """Return loss and accuracy of the validation pairs, at the noise of training."""
+    table = PairTable.open(Path(job.pairs), job.name, "val")
+    objective.train(False)
+    inputs = table.inputs(range(len(table)), [Representation(r) for r in job.recipe.objective.representations],
+                          runtime.device)  # fmt: skip
+    _, metrics = objective(**inputs, step=0)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def load_reward(backbone: Path | str, adapters: Mapping[str, Path | str], device: Any = "cpu") -> MotionReward:
+    """Return the unified reward: frozen, merged for scoring.
+
+    Args:
+        backbone: folder of the semantic stage's model.
+        adapters: name -> folder of the adapter's model; empty = semantic and similarity terms only.
+        device: where it scores.
+
+    Raises:
+        CheckpointError: missing or damaged, or an adapter of another backbone.
+    """
+    net, normalizers, _ = load_backbone(backbone)
+    adapted: AdaptedTower | None = None
+    for name, folder in adapters.items():
+        checkpoint = load_checkpoint(Path(folder), expected_kind=ADAPTER)
+        job = from_plain(AdapterJob, checkpoint.card.config, f"card of {folder}")
+        if job.name != name:
+            raise CheckpointError(f"{folder} holds the {job.name} adapter, expected {name}. Give the right folder")
+        if adapted is None:
+            adapted = AdaptedTower(net.motion, job.recipe.adapter, job.seed)
+        elif adapted.config != job.recipe.adapter:
+            raise CheckpointError(f"{folder}: adapters of one reward need one size, {job.recipe.adapter} differs")
+        adapted.load_adapter(name, checkpoint.snapshot.model, checkpoint.card.fingerprints["backbone"])
+    on_device = {r: n.to(device) for r, n in normalizers.items()}
+    return MotionReward(net, on_device, adapted).to(device).freeze_for_scoring()

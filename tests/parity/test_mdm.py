@@ -1,0 +1,270 @@
+"""MDM against recorded outputs of the published network and samplers (tiny weights)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from motionrft.core.errors import CheckpointError
+from motionrft.core.protocols import GeneratorSpec, SolverTable
+from motionrft.core.types import Condition, Representation
+from motionrft.diffusion.denoise import SAMPLE, denoise
+from motionrft.diffusion.prediction import add_noise
+from motionrft.diffusion.schedules import alpha_bars, betas, spaced_timesteps
+from motionrft.diffusion.solvers import ddim_table, ddpm_table
+from motionrft.generators.mdm import MDM, MDMConfig, MDMGenerator
+from motionrft.generators.mdm_keys import from_upstream
+from motionrft.generators.mdm_network import OFFICIAL, interleaved_sinusoid
+from motionrft.representations.normalize import Normalizer
+from tests.paths import shared_path
+
+pytestmark = pytest.mark.parity
+VARIANTS = ("enc", "enc_masked", "dec_bert")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    with np.load(shared_path("golden/mdm_tiny.npz"), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def tensor(golden: dict[str, np.ndarray], name: str) -> Tensor:
+    return torch.from_numpy(golden[name])
+
+
+def build(golden: dict[str, np.ndarray], variant: str) -> MDM:
+    holder = "enc" if variant == "enc_masked" else variant
+    sizes = json.loads(str(golden["config_json"]))[holder]
+    bert = sizes["text_encoder_type"] == "bert"
+    config = MDMConfig(
+        latent_dim=sizes["latent_dim"],
+        layers=sizes["layers"],
+        heads=sizes["heads"],
+        ff=sizes["ff_size"],
+        text_dim=768 if bert else 512,
+        frames_per_token=1,
+        norm_first=False,
+        condition_bias=False,
+        arch="decoder" if sizes["arch"] == "trans_dec" else "encoder",
+        text="tokens" if bert else "pooled",
+        mask_frames=sizes["mask_frames"] or variant == "enc_masked",
+    )
+    network = MDM(sizes["njoints"], config).eval()
+    head = f"{holder}/sd/"
+    state = {name[len(head) :]: torch.from_numpy(a) for name, a in golden.items() if name.startswith(head)}
+    network.load_state_dict(from_upstream(state, network), strict=True)
+    return network
+
+
+def condition(golden: dict[str, np.ndarray], variant: str, prefix: str = "in/") -> Condition:
+    if variant == "dec_bert":
+        tokens = tensor(golden, "in/bert_tokens")
+        return Condition(tokens, ~tensor(golden, "in/bert_pad"), tokens[:, 0])
+    pooled = tensor(golden, f"{prefix}clip")[:, 0]
+    return Condition(pooled[:, None], torch.ones(len(pooled), 1, dtype=torch.bool), pooled)
+
+
+def forward(network: MDM, text: Condition, x: Tensor, t: Tensor, lengths: Tensor, keep: bool = True) -> Tensor:
+    keep_B = torch.full((len(x),), keep)
+    dtype = network.embed_text.weight.dtype
+    return network(x.to(dtype), t, text.tokens_BLD, text.mask_BL, text.pooled_BD, keep_B, lengths)
+
+
+class Guided(MDMGenerator):
+    """The generator's own guidance around any network width."""
+
+    def __init__(self, network: MDM, guidance: float = 2.5) -> None:
+        self.network, self.config, self.guidance = network, network.config, guidance
+
+
+def close(got: Tensor, want: Tensor, mask_BT: Tensor | None, limit: float) -> None:
+    if mask_BT is not None:
+        got, want = got[mask_BT], want[mask_BT]
+    error = (got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1)
+    assert float(error) < limit
+
+
+def mask_of(golden: dict[str, np.ndarray], network: MDM) -> Tensor | None:
+    return tensor(golden, "in/mask") if network.config.mask_frames else None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_forwards_with_and_without_caption_and_guidance_agree(golden: dict, variant: str) -> None:
+    network = build(golden, variant)
+    text, mask = condition(golden, variant), mask_of(golden, network)
+    x, t, lengths = (tensor(golden, f"in/{n}") for n in ("x", "t", "lengths"))
+    close(forward(network, text, x, t, lengths), tensor(golden, f"{variant}/out/x0_cond"), mask, 5e-6)
+    close(forward(network, text, x, t, lengths, keep=False), tensor(golden, f"{variant}/out/x0_uncond"), mask, 5e-6)
+    guided = Guided(network).predict(network, x, t, text, lengths)
+    close(guided, tensor(golden, f"{variant}/out/x0_cfg"), mask, 5e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_double_precision_forwards_agree(golden: dict, variant: str) -> None:
+    network = build(golden, variant).double()
+    text = condition(golden, variant)
+    x, t, lengths = (tensor(golden, f"in/{n}") for n in ("x", "t", "lengths"))
+    valid = tensor(golden, "in/mask")[1] if network.config.mask_frames else slice(None)
+    for keep, name in ((True, "cond"), (False, "uncond")):
+        got = forward(network, text, x, t, lengths, keep)[1]
+        close(got[valid], tensor(golden, f"{variant}/out64/x0_{name}_sample1")[valid], None, 1e-6)
+
+
+def chain(golden: dict, variant: str, network: MDM, table: SolverTable) -> list:
+    text, lengths, noise = condition(golden, variant), tensor(golden, "in/lengths"), tensor(golden, "in/noise")
+    guided = Guided(network)
+    steps = denoise(
+        table,
+        [SAMPLE] * len(table),
+        lambda x, t: guided.predict(network, x, t, text, lengths),
+        tensor(golden, "in/x_T"),
+        lambda i: noise[i],
+    )
+    return list(steps)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_respaced_ancestral_chains_agree(golden: dict, variant: str) -> None:
+    network = build(golden, variant)
+    mask = mask_of(golden, network)
+    table = ddpm_table(alpha_bars("cosine", 50), spaced_timesteps(50, 5), "x0")
+    steps = chain(golden, variant, network, table)
+    close(steps[0].x_prev, tensor(golden, f"{variant}/out/respaced5_x1"), mask, 3e-5)
+    close(steps[-1].x_prev, tensor(golden, f"{variant}/out/respaced5_final"), mask, 3e-5)
+    if variant == "enc":
+        for step, want in zip(steps, tensor(golden, "enc/out/respaced5_x0"), strict=True):
+            close(step.x0_hat, want, mask, 3e-5)
+        timesteps = spaced_timesteps(1000, 5)
+        assert timesteps.tolist() == golden["enc/out/respaced5_of_1000_timesteps"].tolist()
+        steps = chain(golden, variant, network, ddpm_table(alpha_bars("cosine", 1000), timesteps, "x0"))
+        close(steps[-1].x_prev, tensor(golden, "enc/out/respaced5_of_1000_final"), mask, 3e-5)
+    if variant == "enc_masked":
+        steps = chain(golden, variant, network, ddim_table(alpha_bars("cosine", 50), spaced_timesteps(50, 5), "x0"))
+        close(steps[-1].x_prev, tensor(golden, "enc_masked/out/ddim5_final"), mask, 3e-5)
+
+
+@torch.no_grad()
+def test_the_whole_fifty_step_chain_agrees(golden: dict) -> None:
+    network = build(golden, "mini50")
+    text, lengths = condition(golden, "mini50", "mini50/in/"), tensor(golden, "mini50/in/lengths")
+    mask = torch.arange(12)[None] < lengths[:, None]
+    noise, guided = tensor(golden, "mini50/in/noise"), Guided(network)
+    ab = alpha_bars("cosine", 50)
+
+    def run(count: int) -> list:
+        table = ddpm_table(ab, spaced_timesteps(50, count), "x0")
+        return list(
+            denoise(
+                table,
+                [SAMPLE] * count,
+                lambda x, t: guided.predict(network, x, t, text, lengths),
+                tensor(golden, "mini50/in/x_T"),
+                lambda i: noise[i],
+            )
+        )
+
+    steps = run(50)
+    for i, step in enumerate(steps):
+        close(step.x_prev, tensor(golden, "mini50/out/x")[i + 1], mask, 3e-5)
+        close(step.x0_hat, tensor(golden, "mini50/out/x0")[i], mask, 3e-5)
+    for i, step in enumerate(run(10)):
+        close(step.x_prev, tensor(golden, "mini50/out/respaced10_x")[i + 1], mask, 3e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_agree(golden: dict, variant: str) -> None:
+    network = build(golden, variant)
+    text, mask = condition(golden, variant), tensor(golden, "in/mask")
+    x = tensor(golden, "in/x").clone().requires_grad_()
+    guided = Guided(network).predict(network, x, tensor(golden, "in/t"), text, tensor(golden, "in/lengths"))
+    loss = (guided * tensor(golden, "in/x_T"))[mask].sum() / mask.sum()
+    loss.backward()
+    close(loss.detach(), tensor(golden, f"{variant}/out/grad_loss"), None, 1e-4)
+    close(x.grad, tensor(golden, f"{variant}/out/grad_x"), None, 1e-4)
+    names = [str(n) for n in golden[f"{variant}/names/grad_params"]]
+    params = dict(network.named_parameters())
+    assert sorted(names) == sorted(params)
+    norms = torch.stack([params[n].grad.norm() for n in names])
+    close(norms, tensor(golden, f"{variant}/out/grad_norms"), None, 1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_forward_process_and_training_error_agree(golden: dict, variant: str) -> None:
+    network = build(golden, variant)
+    clean, t, mask = tensor(golden, "in/x"), tensor(golden, "in/t"), tensor(golden, "in/mask")
+    x_t = add_noise(clean, tensor(golden, "in/x_T"), alpha_bars("cosine", 50)[t])
+    close(x_t, tensor(golden, "out/train_x_t"), None, 1e-6)
+    out = forward(network, condition(golden, variant), x_t, t, tensor(golden, "in/lengths"))
+    error = torch.where(mask, (out - clean).square().mean(-1), 0.0).sum(1) / mask.sum(1)
+    close(error, tensor(golden, f"{variant}/out/train_loss"), None, 1e-5)
+
+
+@pytest.mark.parametrize("count", [50, 1000])
+def test_cosine_schedule_agrees(golden: dict, count: int) -> None:
+    got = betas("cosine", count)
+    close(got, tensor(golden, f"sched/cosine{count}/betas"), None, 1e-11)
+    close(alpha_bars("cosine", count), tensor(golden, f"sched/cosine{count}/alphas_cumprod"), None, 1e-11)
+
+
+@pytest.mark.parametrize(("train", "count"), [(50, 5), (50, 10), (50, 25), (50, 50), (1000, 5), (1000, 50)])
+def test_posterior_tables_agree(golden: dict, train: int, count: int) -> None:
+    timesteps = spaced_timesteps(train, count)
+    table = ddpm_table(alpha_bars("cosine", train), timesteps, "x0")
+    name = f"sched/cosine{train}" + (f"_to_{count}" if count != train else "")
+    if count != train:
+        assert timesteps.flip(0).tolist() == golden[f"{name}/timestep_map"].tolist()
+    close(table.b.flip(0), tensor(golden, f"{name}/posterior_mean_coef1"), None, 1e-11)
+    close(table.a.flip(0), tensor(golden, f"{name}/posterior_mean_coef2"), None, 1e-11)
+    close(table.c.square().flip(0), tensor(golden, f"{name}/posterior_variance"), None, 1e-11)
+
+
+def test_position_table_agrees(golden: dict) -> None:
+    got = interleaved_sinusoid(torch.from_numpy(golden["ref/pe_rows"]), 512)
+    close(got, tensor(golden, "ref/pe_512"), None, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("humanml_enc_50steps", {}),
+        ("humanml_enc_1000steps", {}),
+        ("humanml_dec_1000steps", {"arch": "decoder"}),
+        ("humanml_dec_bert_50steps", {"arch": "decoder", "text": "tokens", "text_dim": 768}),
+        ("kit_enc_1000steps", {}),
+    ],
+)
+def test_released_key_tables_load_without_remainder(name: str, changes: dict) -> None:
+    card = json.loads(shared_path(f"golden/keys/mdm__{name}.json").read_text())
+    with torch.device("meta"):
+        network = MDM(card["config"]["njoints"], replace(OFFICIAL, **changes))
+        state = {key: torch.empty(shape) for key, shape, _ in card["tensors"]}
+    found = from_upstream({**state, "clip_model.visual.proj": torch.empty(1)}, network)
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in network.state_dict().items()}
+    for damage in ("missing", "unknown", "reshaped"):
+        broken = dict(state)
+        weight = broken.pop("embed_text.weight") if damage != "unknown" else state["embed_text.weight"]
+        broken |= {"unknown": {"embed_txt.weight": weight}, "reshaped": {"embed_text.weight": weight.T[:1]}}.get(
+            damage, {}
+        )
+        with pytest.raises(CheckpointError, match=r"embed_te?xt\.weight"):
+            from_upstream(broken, network)
+
+
+def test_official_config_is_the_published_one(golden: dict) -> None:
+    spec = GeneratorSpec("mdm", Representation.KINEMATIC, 20.0, 196, "clip", "x0", 50, 2.5)
+    statistics = Normalizer(torch.zeros(263), torch.ones(263), Representation.KINEMATIC)
+    with torch.device("meta"):
+        network = MDM(263, OFFICIAL)
+    generator = MDMGenerator(spec, OFFICIAL, statistics, solver="ddpm", network=network)
+    assert generator.state_shape(60) == (196, 263)  # no frame mask: always the full length
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == 17.88
+    assert len(generator.solver(50)) == 50

@@ -1,0 +1,375 @@
+"""The rollout step: reward rises, memory does not grow with steps, noise and plans do not depend on layout."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from motionrft.core.errors import ConfigError
+from motionrft.core.memory import SavedTensorMeter
+from motionrft.core.protocols import GeneratorSpec, RewardModel
+from motionrft.core.types import Condition, MotionBatch, Representation, RewardTerms, valid_mask
+from motionrft.finetune.plan import Strategy
+from motionrft.finetune.step import Objective, rollout_step
+from motionrft.finetune.strategies import AlignProp, DRaFT, DRTune, EasyTune, ReFL
+from motionrft.generators.mdm import MDMConfig, MDMGenerator
+from motionrft.generators.sampling import generate
+from motionrft.representations.normalize import Normalizer
+from motionrft.training.metrics import check_metric_name
+from motionrft.training.optim import OptimConfig
+from motionrft.training.runtime_local import LocalRuntime
+from motionrft.training.single import SingleEngine
+
+KIND = Representation.KINEMATIC
+RUNTIME = LocalRuntime()
+ALL = [
+    EasyTune(window=3),
+    EasyTune(window=2, score="x_prev"),
+    EasyTune(window=3, variant="chain"),
+    EasyTune(window=3, variant="accumulate"),
+    ReFL(last_steps=3),
+    DRaFT(last_steps=2),
+    DRaFT(last_steps=0),
+    AlignProp(),
+    AlignProp(mode="bernoulli"),
+    DRTune(grad_steps=2, last_steps=3),
+]
+
+
+class Toy:
+    """semantic: mean frame near the caption's vector. similarity: mean frame near the target's. tick: call counter."""
+
+    def __init__(self) -> None:
+        self.noise_levels: list[float] = []
+        self.calls: list[tuple[tuple[str, ...], bool]] = []
+
+    def encode_text(self, condition: Condition) -> Tensor:
+        return condition.pooled_BD
+
+    def embed(self, motion_BTD: Tensor, lengths_B: Tensor, representation: Representation) -> Tensor:
+        mask = valid_mask(lengths_B, motion_BTD.shape[1])[..., None]
+        return torch.where(mask, motion_BTD, 0.0).sum(1)[:, :12] / lengths_B[:, None]
+
+    def score(
+        self,
+        motion_BTD: Tensor,
+        lengths_B: Tensor,
+        representation: Representation,
+        *,
+        text_BE: Tensor,
+        noise_level: float = 0.0,
+        target_BE: Tensor | None = None,
+        terms: Sequence[str],
+    ) -> RewardTerms:
+        self.noise_levels.append(noise_level)
+        self.calls.append((tuple(terms), motion_BTD.requires_grad))
+        z = self.embed(motion_BTD, lengths_B, representation)
+        values = {"semantic": -(z - text_BE).square().mean(1), "preference": motion_BTD.mean((1, 2))}
+        if target_BE is not None:
+            values["similarity"] = -(z - target_BE).square().mean(1)
+        return RewardTerms({name: values[name] for name in terms})
+
+
+def make(dropout: float = 0.0, solver: str = "ddim", seed: int = 0) -> MDMGenerator:
+    torch.manual_seed(seed)
+    config = MDMConfig(latent_dim=16, layers=2, heads=2, ff=24, text_dim=12, dropout=dropout)
+    spec = GeneratorSpec("mdm", KIND, 20.0, 24, "stub", "x0", 1000, 2.5)
+    return MDMGenerator(spec, config, Normalizer(torch.zeros(263), torch.ones(263), KIND), solver=solver)
+
+
+def make_batch(rows: int = 4) -> MotionBatch:
+    draw = torch.Generator().manual_seed(1)
+    pooled = torch.randn(rows, 12, generator=draw)
+    text = Condition(pooled[:, None], torch.ones(rows, 1, dtype=torch.bool), pooled)
+    lengths = torch.tensor([16, 11, 7, 4])[:rows]
+    ids = tuple(f"clip{i}" for i in range(rows))
+    motion = torch.randn(rows, 16, 263, generator=draw)
+    return MotionBatch(ids, {KIND: motion}, lengths, 20.0, ids, text, torch.full((rows,), -1), torch.arange(rows) + 5)
+
+
+def make_engine(generator: MDMGenerator, lr: float = 1e-3) -> SingleEngine:
+    return RUNTIME.build_engine(generator.network, OptimConfig(lr=lr, schedule="constant"))
+
+
+def run(
+    engine: SingleEngine,
+    generator: MDMGenerator,
+    strategy: Strategy,
+    reward: RewardModel | None = None,
+    reference: MDMGenerator | None = None,
+    batch: MotionBatch | None = None,
+    **changes: object,
+) -> dict[str, float]:
+    settings = {"num_steps": 6, "progress": 1.0, "step": 0, "seed": 0, "objective": Objective(), "collective": RUNTIME}
+    return rollout_step(
+        engine,
+        generator,
+        reference,
+        reward or Toy(),
+        batch or make_batch(),
+        strategy=strategy,
+        **{**settings, **changes},
+    )
+
+
+@pytest.mark.parametrize("strategy", ALL, ids=str)
+def test_the_final_samples_reward_rises_under_every_strategy(strategy: Strategy) -> None:
+    generator, batch, reward = make(), make_batch(), Toy()
+    engine = make_engine(generator, lr=3e-3)
+
+    def final_reward() -> float:
+        motion = generate(generator, None, batch.text, batch.lengths_B, batch.keys_B, 6, seed=77)
+        text_BE = reward.encode_text(batch.text)
+        return float(
+            reward.score(motion, batch.lengths_B, KIND, text_BE=text_BE, terms=["semantic"]).values["semantic"].mean()
+        )
+
+    before = final_reward()
+    for step in range(30):
+        metrics = run(engine, generator, strategy, reward, batch=batch, step=step, progress=step / 30)
+    assert final_reward() > before + 0.2 * abs(before)
+    assert engine.steps == 30 * strategy.updates_per_rollout(6) and engine.skipped == 0
+    assert all(math.isfinite(v) for v in metrics.values())
+
+
+@pytest.mark.parametrize("strategy", ALL, ids=str)
+def test_without_learning_all_strategies_walk_the_same_path(strategy: Strategy, monkeypatch) -> None:
+    from motionrft.finetune import step as module
+
+    generator = make()
+    engine = make_engine(generator, lr=1e-45)
+    before = {k: v.clone() for k, v in generator.network.state_dict().items()}
+    walked: dict[int, Tensor] = {}
+    real = module.denoise
+
+    def watched(*args, **kwargs):
+        for out in real(*args, **kwargs):
+            walked[out.index] = out.x_prev.detach()
+            yield out
+
+    monkeypatch.setattr(module, "denoise", watched)
+    run(engine, generator, strategy)
+    assert all(torch.equal(v, before[k]) for k, v in generator.network.state_dict().items())
+    plain: dict[int, Tensor] = {}
+    from motionrft.diffusion.denoise import SAMPLE, initial_noise
+
+    batch = make_batch()
+    x_T = initial_noise(batch.keys_B, (16, 263), 0, "rollout", 0)
+    with torch.no_grad():
+        for out in real(
+            generator.solver(6),
+            [SAMPLE] * 6,
+            lambda x, t: generator.predict(generator.network, x, t, batch.text, batch.lengths_B),
+            x_T,
+        ):
+            plain[out.index] = out.x_prev
+    assert all(torch.equal(walked[i], plain[i]) for i in walked)
+
+
+def saved_bytes(strategy: Strategy, num_steps: int) -> int:
+    generator = make()
+    engine = make_engine(generator)
+    with SavedTensorMeter(ignore=generator.network.parameters()) as meter:
+        run(engine, generator, strategy, num_steps=num_steps)
+    assert meter.live_bytes == 0
+    return meter.peak_bytes
+
+
+def test_easytune_keeps_one_steps_graph_however_many_steps_there_are() -> None:
+    for strategy in (EasyTune(window=3), EasyTune(timesteps="all"), EasyTune(window=4, variant="accumulate")):
+        assert len({saved_bytes(strategy, steps) for steps in (5, 10, 20)}) == 1
+    assert saved_bytes(EasyTune(window=1), 10) == saved_bytes(EasyTune(timesteps="all"), 10)
+    assert saved_bytes(ReFL(last_steps=1), 5) == saved_bytes(EasyTune(window=1), 20)
+
+
+def test_full_backpropagation_grows_linearly_and_truncated_with_its_window() -> None:
+    five, ten, twenty = (saved_bytes(DRaFT(last_steps=0), steps) for steps in (5, 10, 20))
+    assert ten / five == pytest.approx(2, rel=0.02) and twenty / ten == pytest.approx(2, rel=0.02)
+    assert saved_bytes(DRaFT(last_steps=3), 6) == saved_bytes(DRaFT(last_steps=3), 20)
+    assert five > 4 * saved_bytes(EasyTune(window=1), 5)
+
+
+def test_steps_outside_the_plan_carry_no_graph_and_are_not_run_after_it() -> None:
+    generator = make()
+    engine, seen = make_engine(generator), []
+
+    def network(*args: Tensor) -> Tensor:
+        out = generator.network(*args)
+        seen.append(out.requires_grad)
+        return out
+
+    engine_call = type(engine).__call__
+    try:
+        type(engine).__call__ = lambda self, *args: network(*args)
+        run(engine, generator, EasyTune(window=2), num_steps=8, progress=0.2)
+    finally:
+        type(engine).__call__ = engine_call
+    assert seen == [False, False, False, True, True]
+
+
+def test_frozen_things_get_no_gradient_and_the_mode_is_restored() -> None:
+    generator, reference = make(dropout=0.5), make(dropout=0.5)
+    reference.network.load_state_dict(generator.network.state_dict())
+    engine = make_engine(generator)
+    generator.network.train()
+    objective = Objective({"semantic": 1.0, "similarity": 1.0})
+    first = run(engine, generator, EasyTune(window=1), reference=reference, objective=objective)
+    assert generator.network.training  # and dropout was off meanwhile:
+    assert first["reward/similarity/raw"] > -1.0
+    assert all(p.grad is None for p in reference.network.parameters())
+
+
+def test_an_unchanged_generator_equals_its_reference_at_the_final_sample() -> None:
+    for solver in ("ddim", "ddpm"):
+        generator, reference = make(solver=solver), make(solver=solver)
+        objective = Objective({"semantic": 1.0}, terms=("similarity",))
+        metrics = run(make_engine(generator), generator, DRaFT(1), reference=reference, objective=objective)
+        assert metrics["reward/similarity/raw"] == 0.0
+        assert metrics["reward/similarity/weighted"] == 0.0
+
+
+def test_ground_truth_target_needs_motions_and_reference_target_a_reference() -> None:
+    generator = make()
+    engine = make_engine(generator)
+    weights = {"similarity": 1.0}
+    truth = Objective(weights, similarity_target="ground_truth")
+    assert run(engine, generator, ReFL(), objective=truth)["reward/similarity/raw"] < 0
+    with pytest.raises(ConfigError, match="kinematic"):
+        run(engine, generator, ReFL(), objective=truth, batch=replace(make_batch(), motions={}))
+    with pytest.raises(ConfigError, match="reference"):
+        run(engine, generator, ReFL(), objective=Objective(weights))
+
+
+def test_watched_terms_are_logged_without_gradient() -> None:
+    generator, reward = make(), Toy()
+    objective = Objective({"semantic": 2.0, "preference": 0.0})
+    metrics = run(make_engine(generator), generator, EasyTune(window=1), reward, objective=objective)
+    assert reward.calls == [(("semantic",), True), (("preference",), False)]
+    assert metrics["reward/semantic/weighted"] == pytest.approx(2 * metrics["reward/semantic/raw"])
+    assert metrics["reward/total"] == pytest.approx(metrics["reward/semantic/weighted"])
+    assert metrics["reward/preference/weighted"] == 0.0 and metrics["reward/preference/raw"] != 0.0
+
+
+def test_metrics_are_named_by_path_and_complete() -> None:
+    generator = make()
+    metrics = run(make_engine(generator), generator, EasyTune(window=2), num_steps=8, progress=0.2)
+    assert all(check_metric_name(name) for name in metrics)
+    assert {"reward/total", "reward/semantic/raw", "optim/grad_norm", "optim/lr", "time/rollout_s"} <= set(metrics)
+    assert {"optim/grad_norm_by_step/03", "optim/grad_norm_by_step/04", "reward/by_step/03"} <= set(metrics)
+    assert metrics["curriculum/window_start"] == 3.0 and metrics["optim/skipped"] == 0.0
+
+
+def test_reward_is_asked_at_the_noise_level_of_what_it_reads() -> None:
+    generator = make()
+    clean, noisy = Toy(), Toy()
+    run(make_engine(generator), generator, EasyTune(window=6), clean)
+    run(make_engine(generator), generator, EasyTune(window=6, score="x_prev"), noisy)
+    assert clean.noise_levels == [0.0] * 6
+    assert noisy.noise_levels == generator.solver(6).noise_level[1:].tolist()
+    assert noisy.noise_levels[-1] == 0.0
+
+
+def test_gradient_does_not_depend_on_batch_split() -> None:
+    generator, batch = make(), make_batch()
+
+    class Keep(SingleEngine):
+        """Keeps what it was given instead of stepping."""
+
+        def step(self):
+            self.kept = [p.grad.clone() for p in self._params]
+            return super().step()
+
+    def gradients(part: MotionBatch) -> list[Tensor]:
+        network = copy.deepcopy(generator)
+        engine = Keep(network.network, OptimConfig(schedule="constant"))
+        run(engine, network, ReFL(last_steps=1), batch=part)
+        return engine.kept
+
+    whole = gradients(batch)
+    halves = [gradients(batch.slice(0, 2)), gradients(batch.slice(2, 4))]
+    for total, one, two in zip(whole, *halves, strict=True):
+        torch.testing.assert_close((one + two) / 2, total, rtol=1e-4, atol=1e-6)
+
+
+def test_padded_frames_receive_no_gradient() -> None:
+    generator, batch = make(), make_batch()
+    state = torch.randn(4, 16, 263, requires_grad=True)
+    reward = Toy()
+    motion = generator.decode(state, batch.lengths_B)
+    reward.score(motion, batch.lengths_B, KIND, text_BE=batch.text.pooled_BD, terms=["preference"]).values[
+        "preference"
+    ].sum().backward()
+    assert (state.grad[~batch.mask_BT] == 0).all()
+
+
+def test_chain_variant_takes_all_gradients_at_the_starting_parameters() -> None:
+    generator, batch = make(), make_batch()
+    start = copy.deepcopy(generator)
+    first = run(make_engine(generator, lr=1e-2), generator, EasyTune(window=3, variant="chain"), batch=batch)
+    still = run(make_engine(start, lr=1e-45), start, EasyTune(window=3), batch=batch)
+    for name, value in still.items():
+        if name.startswith(("optim/grad_norm_by_step", "reward/")):
+            assert first[name] == pytest.approx(value, rel=1e-5)
+    moved = [
+        not torch.equal(a, b) for a, b in zip(generator.network.parameters(), start.network.parameters(), strict=True)
+    ]
+    assert all(moved)
+
+
+def test_chain_equals_accumulation_under_a_linear_update() -> None:
+    class Descent(SingleEngine):
+        """Plain gradient descent: k small steps along fixed gradients are one step along their sum."""
+
+        def step(self):
+            with torch.no_grad():
+                for p in self._params:
+                    p -= 0.1 * p.grad
+                    p.grad = None
+            self.steps += 1
+            from motionrft.core.protocols import StepInfo
+
+            return StepInfo(applied=True, grad_norm=1.0, lr=0.1)
+
+    results = []
+    for variant in ("chain", "accumulate"):
+        generator = make()
+        weights = {"semantic": 3.0 if variant == "accumulate" else 1.0}  # mean of three -> sum of three
+        engine = Descent(generator.network, OptimConfig(schedule="constant"))
+        run(engine, generator, EasyTune(window=3, variant=variant), objective=Objective(weights))
+        results.append([p.detach() for p in generator.network.parameters()])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+
+
+def test_a_nonfinite_reward_refuses_its_update_and_is_counted() -> None:
+    class Broken(Toy):
+        def score(self, motion_BTD: Tensor, *args, **kwargs) -> RewardTerms:
+            values = super().score(motion_BTD, *args, **kwargs).values
+            return RewardTerms({name: v * math.inf for name, v in values.items()})
+
+    generator = make()
+    engine = make_engine(generator)
+    before = [p.detach().clone() for p in generator.network.parameters()]
+    metrics = run(engine, generator, EasyTune(window=3), Broken())
+    assert metrics["optim/skipped"] == 3.0 and engine.skipped == 3 and "optim/grad_norm" not in metrics
+    assert all(torch.equal(a, b) for a, b in zip(before, generator.network.parameters(), strict=True))
+
+
+def test_rollouts_repeat_exactly_and_differ_by_step_and_seed() -> None:
+    def rewards(**changes: object) -> float:
+        generator = make()
+        return run(make_engine(generator), generator, EasyTune(window=2), **changes)["reward/total"]
+
+    assert rewards() == rewards()
+    assert len({rewards(), rewards(step=1), rewards(seed=1)}) == 3
+
+
+def test_contradictory_objectives_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"weight.*similarity_target"):
+        Objective({"semantic": 0.0}, similarity_target="nothing")
