@@ -121,7 +121,7 @@ def run_loop(
             found = mean_over_ranks(found, runtime) if found else {}
             if found:
                 metrics.write(done, found)
-            progress.update(done, {k: v for k, v in values.items() if k.startswith(("loss/", "reward/total"))})
+            progress.update(done, {k: v for k, v in values.items() if k in ("loss/total", "reward/total")})
             if done % checkpoint_every == 0 or done == total_steps or interrupts.requested:
                 run.save(done, {**logged, **found})
             if interrupts.requested and done < total_steps:
