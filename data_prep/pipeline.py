@@ -31,6 +31,7 @@ from motionrft.data.manifest import MANIFEST, UNFINISHED, Manifest, SplitCounts,
 from motionrft.data.schema import CLIP_SCHEMA, SCHEMA_VERSION, SPLITS
 
 _LOG = logging.getLogger(__name__)
+_CHOSEN = ("TOO_SHORT", "TOO_LONG", "NO_ROTATIONS")  # left out by the config, not broken
 _OURS = ("clips", "stats", "text", "quality.parquet", "quality.txt", MANIFEST)
 
 Progress = Callable[[str, int, int], None]
@@ -207,7 +208,8 @@ def _check(intake: _Intake, num_ids: int, config: PrepareConfig, root: Path) -> 
                 "This is a defect of a source or of the pipeline: report it.",
             )
         )
-    share = (rejected + missing) / (num_ids + missing)
+    unusable = rejected - sum(quality.codes("rejected").get(code, 0) for code in _CHOSEN)
+    share = (unusable + missing) / (num_ids + missing)
     if share > config.max_reject_frac:
         top = ", ".join(f"{n} {code}" for code, n in list(quality.codes("rejected", "source").items())[:4])
         raise DataError(

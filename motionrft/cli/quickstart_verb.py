@@ -20,7 +20,7 @@ SHOWN = {
     "mm_dist": "MM-Dist",
     "diversity": "diversity",
     "jerk": "jerk (m/s^3)",
-    "foot_slide": "foot slide (cm/s)",
+    "foot_slide": "foot slide (m/s)",
     "foot_skate_ratio": "foot skate ratio",
     "bone_drift": "bone drift",
     "reward_semantic": "reward: semantic",

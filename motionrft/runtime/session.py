@@ -67,7 +67,7 @@ def environment_of(hardware: HardwareConfig) -> dict[str, str]:
 def worker_environment(hardware: HardwareConfig) -> dict[str, str]:
     """Return the environment variables of every worker process."""
     threads = str(hardware.workers.threads_per_worker)
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore::FutureWarning"}
 
 
 @contextmanager

@@ -159,9 +159,8 @@ def _log_to(folder: Path, rank: int) -> None:
         handlers.append(logging.StreamHandler())
     for handler in handlers:
         handler.setFormatter(shape)
+        handler.addFilter(lambda record: record.name.split(".")[0] in ("motionrft", "data_prep"))
         root.addHandler(handler)
-    for name in ("deepspeed", "DeepSpeed", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _fetch(value: Any) -> Any:
