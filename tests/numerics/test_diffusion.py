@@ -113,6 +113,22 @@ def test_ddpm_is_the_posterior_and_full_noise_ddim_is_ddpm() -> None:
         torch.testing.assert_close(getattr(noisy, name), getattr(table, name), rtol=1e-6, atol=1e-9)
 
 
+def test_the_last_ancestral_step_adds_no_noise_even_short_of_clean() -> None:
+    table = ddpm_table(LATENT, spaced_timesteps(1000, 5, "leading"), "eps", final_alpha_bar=float(LATENT[0]))
+    assert float(table.c[-1]) == 0.0 and (table.c[:-1] > 0).all()
+
+
+def test_a_cut_after_a_step_hides_its_history_from_a_live_next_step() -> None:
+    theta = torch.tensor([0.3, 0.5], dtype=torch.float64, requires_grad=True)
+    table = ddim_table(LATENT, torch.tensor([501, 1]), "eps")
+    cut, live = StepAction(grad=True), StepAction(grad=True, cut_input=False, cut_after=False, score="x_prev")
+    for actions, reaches in (((cut, live), False), ((live, live), True)):
+        theta.grad = None
+        outs = list(denoise(table, actions, lambda x, t: theta[int(t == 1)] * x, draw(1, 2)))
+        outs[-1].x_prev.sum().backward()
+        assert bool(theta.grad[0] != 0) is reaches and bool(theta.grad[1] != 0)
+
+
 def test_noise_levels_start_high_and_end_clean() -> None:
     table = ddim_table(COSINE, spaced_timesteps(1000, 10), "x0")
     assert len(table.noise_level) == 11

@@ -225,6 +225,15 @@ def test_frozen_things_get_no_gradient_and_the_mode_is_restored() -> None:
     assert all(p.grad is None for p in reference.network.parameters())
 
 
+def test_dropout_is_off_during_rollouts() -> None:
+    totals = []
+    for dropout in (0.0, 0.5):
+        generator = make(dropout=dropout)
+        generator.network.train()
+        totals.append(run(make_engine(generator), generator, EasyTune(window=2))["reward/total"])
+    assert totals[0] == totals[1]
+
+
 def test_an_unchanged_generator_equals_its_reference_at_the_final_sample() -> None:
     for solver in ("ddim", "ddpm"):
         generator, reference = make(solver=solver), make(solver=solver)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.sources.synthetic import SyntheticConfig, SyntheticSource, make_motion
-from data_prep.sources.synthetic_actions import Variation
-from data_prep.sources.synthetic_classes import FRAMES, HELD_OUT_FRAMES, SUBJECTS, actions
+from data_prep.sources.synth.actions import Variation
+from data_prep.sources.synth.classes import FRAMES, HELD_OUT_FRAMES, SUBJECTS, actions
+from data_prep.sources.synth.source import SyntheticConfig, SyntheticSource, make_motion
 from motionrft.core.errors import ConfigError
 from motionrft.evaluation.quality import clip_quality
 from motionrft.representations.kinematics import forward_kinematics

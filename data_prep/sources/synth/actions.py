@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.sources.synthetic_body import ANKLE_HEIGHT, Pose, smooth
+from data_prep.sources.synth.body import ANKLE_HEIGHT, Pose, smooth
 
 Array = np.ndarray
 HIP_WIDTH = 0.09

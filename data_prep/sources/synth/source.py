@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.sources.base import SourceClip
-from data_prep.sources.synthetic_actions import Body, Variation
-from data_prep.sources.synthetic_body import pose_body
-from data_prep.sources.synthetic_classes import Action, actions
+from data_prep.sources.synth.actions import Body, Variation
+from data_prep.sources.synth.body import pose_body
+from data_prep.sources.synth.classes import Action, actions
 from motionrft.core.errors import ConfigError
 from motionrft.core.rng import numpy_rng
 

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from data_prep.sources import synthetic_actions as act
-from data_prep.sources.synthetic_actions import LEFT, RIGHT, Body
+from data_prep.sources.synth import actions as act
+from data_prep.sources.synth.actions import LEFT, RIGHT, Body
 
 SUBJECTS = ("a person", "someone", "a man", "a woman")
 FRAMES = ("{s} {v}", "{s} {v} in one take", "in this clip {s} {v}")
