@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from motionrft.core.types import Representation
-from motionrft.data.manifest import Dataset
+from motionrft.data.manifest import stats_file
 from motionrft.data.tables import ListColumn
 from motionrft.representations.normalize import Moments, Normalizer, finalise
 
@@ -50,4 +50,4 @@ class TrainStatistics:
 def save_statistics(root: Path, normalizers: dict[Representation, Normalizer]) -> None:
     """Write ROOT/stats/*.npz."""
     for representation, normalizer in normalizers.items():
-        normalizer.save(Dataset(root, None).stats_file(representation))  # type: ignore[arg-type]
+        normalizer.save(stats_file(root, representation))

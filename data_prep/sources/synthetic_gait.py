@@ -83,7 +83,7 @@ def footfalls(t: Array, gait: Gait, path: Path) -> tuple[Array, Array]:
         swing = np.clip((part - duty) / (1.0 - duty), 0.0, 1.0)
         move = ease((swing - 0.08) / 0.84)
         toes[side][:, [0, 2]] = here + (there - here) * move[:, None]
-        toes[side][:, 1] = gate * gait.lift * bump(swing) ** 0.7 + np.sin(gait.always_up) * 0.0
+        toes[side][:, 1] = gate * gait.lift * bump(swing) ** 0.7
         feet[side, :, 0] = here_yaw + (there_yaw - here_yaw) * move
         feet[side, :, 1] = gait.always_up + gate * _roll(part / duty, swing, gait)
     return toes, feet

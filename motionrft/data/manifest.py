@@ -207,7 +207,12 @@ class Dataset:
 
     def stats_file(self, representation: Representation) -> Path:
         """Return the normaliser file of a representation."""
-        return self.root / "stats" / f"{Representation(representation).value}.npz"
+        return stats_file(self.root, representation)
+
+
+def stats_file(root: Path, representation: Representation) -> Path:
+    """Return where the normaliser of a representation lies below a dataset folder."""
+    return root / "stats" / f"{Representation(representation).value}.npz"
 
 
 def file_entry(path: Path, rows: int = 0) -> FileEntry:
