@@ -54,6 +54,7 @@ def environment_of(hardware: HardwareConfig) -> dict[str, str]:
     return {
         "RAY_AUTH_MODE": config.auth_mode,  # Ray's defaults differ between head and client, and then they hang
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # the default, 15, starves training on a machine that does anything else
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(config.health_check_interval_s),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.worker_start_timeout_s),
