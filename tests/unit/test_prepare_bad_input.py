@@ -115,7 +115,7 @@ def test_short_gaps_are_interpolated_on_request_only():
 
 def test_every_id_is_a_clip_or_a_reject_row(tmp_path):
     changes = {
-        "c001": {"joints_TJ3": with_value(np.nan, 3)},
+        "c001": {"joints_TJ3": with_value(np.nan, 3), "rotations_TJ33": None},
         "c002": {"fps": 0.0},
         "c005": {"raise": "disk on fire"},
         "c006": Rejected("c006", "val", "moving", "TRUNCATED", "cut"),
@@ -186,9 +186,6 @@ def test_finished_dataset_is_replaced_on_request_only(tmp_path):
 
 def test_interrupted_preparation_starts_over(tmp_path):
     class Stops(MovingSource):
-        def ids(self):
-            return super().ids()
-
         def read(self, clip_id):
             raise KeyboardInterrupt
 
