@@ -17,7 +17,7 @@ def build_source(config: PrepareConfig) -> Source:
         DataError: the source cannot be used, e.g. its path does not exist.
     """
     if config.source == "synthetic":
-        from data_prep.sources.synth.source import SyntheticConfig, SyntheticSource
+        from data_prep.sources.synthetic import SyntheticConfig, SyntheticSource
 
         return SyntheticSource(SyntheticConfig(num_clips=config.num_clips, seed=config.seed, fps=config.fps))
     if config.source == "bvh":

@@ -1,1 +1,0 @@
-"""Captioned motion made by rule: body, actions, classes, and the source that strings them together."""
