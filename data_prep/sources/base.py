@@ -51,7 +51,10 @@ class Rejected:
 class Source(Protocol):
     """A collection of clips. Picklable: parallel tasks read from it by id."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Short name, part of the dataset's manifest."""
+        ...
 
     def ids(self) -> list[str]:
         """Return all clip ids, sorted. Cheap: reads no motion.
