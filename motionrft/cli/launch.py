@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,7 +36,11 @@ def choose_hardware(hardware: HardwareConfig, backend: str | None) -> HardwareCo
     if backend not in BACKENDS:
         raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "single":
-        workers = WorkersConfig(use_gpu=hardware.workers.use_gpu, gpus_per_worker=hardware.workers.gpus_per_worker)
+        many = hardware.workers
+        threads = many.num_workers * many.threads_per_worker  # one process does the work of all
+        workers = WorkersConfig(
+            use_gpu=many.use_gpu, gpus_per_worker=many.gpus_per_worker, threads_per_worker=threads
+        )
         precision = "autocast" if hardware.zero.precision != "fp32" else "fp32"
         return HardwareConfig("local", workers, ZeroConfig(precision=precision), hardware.ray)
     return hardware if hardware.launcher == "ray" else load_profile("cpu2")
@@ -73,6 +78,8 @@ class Launcher:
     ) -> dict[str, Mapping[str, Any]]:
         """Run stages and return {name: result}; clips of `splits` reach Ray workers through shared memory."""
         if not self.distributed:
+            # More threads than cores, or two runs that take all cores each, cost a factor of ten: idle threads spin.
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", self.hardware.workers.threads_per_worker)))
             device = torch.device("cuda" if self.hardware.workers.use_gpu else "cpu")
             runtime = LocalRuntime(device, self.hardware.zero.precision)
             return run_local(stages, runtime, run_dir, resume=resume)

@@ -24,7 +24,7 @@ class WorkersConfig:
     cpus_per_worker: float = 1.0  # logical CPUs reserved in Ray
     gpus_per_worker: float = 0.0
     use_gpu: bool = False
-    threads_per_worker: int = 1  # OMP_NUM_THREADS in each worker
+    threads_per_worker: int = 1  # of torch in each process; OMP_NUM_THREADS, where set, wins in a single one
 
     def __post_init__(self) -> None:
         problems = []

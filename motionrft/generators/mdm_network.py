@@ -32,6 +32,8 @@ class MDMConfig:
     """Hidden width of the blocks' MLPs."""
     text_dim: int = 384
     """Size of the text features."""
+    text_gain: float = 1.0
+    """Factor on the text features: unit-norm sentence vectors of D features are read as weak noise without sqrt(D)."""
     dropout: float = 0.1
     """Dropout everywhere, positions and attention weights included."""
     frames_per_token: int = 2
@@ -63,6 +65,7 @@ class MDMConfig:
             (self.heads < 1 or self.latent_dim % self.heads == 0, f"heads {self.heads} must divide {self.latent_dim}"),
             (0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}"),
             (0 <= self.text_dropout < 1, f"text_dropout must be in [0, 1), got {self.text_dropout}"),
+            (self.text_gain > 0, f"text_gain must be positive, got {self.text_gain}"),
             (self.velocity_weight >= 0, f"velocity_weight must be >= 0, got {self.velocity_weight}"),
             (self.arch in ("encoder", "decoder"), f"arch must be encoder or decoder, got {self.arch!r}"),
             (self.text in ("pooled", "tokens"), f"text must be pooled or tokens, got {self.text!r}"),
@@ -149,7 +152,7 @@ class MDM(nn.Module):
         waves = interleaved_sinusoid(t_B, config.latent_dim).to(dtype)
         time_BE = self.embed_timestep["time_embed"](waves)
         text = tokens_BLC if config.text == "tokens" else pooled_BC[:, None]
-        condition_BLE = self.embed_text(text.to(dtype) * keep_B[:, None, None]) + time_BE[:, None]
+        condition_BLE = self.embed_text(config.text_gain * text.to(dtype) * keep_B[:, None, None]) + time_BE[:, None]
 
         h, mask_BN = self._embed_frames(x_BTD, lengths_B)
         if config.arch == "encoder":

@@ -115,8 +115,10 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
     reference = load_generator(job.generator, runtime.device)
     reference.network.requires_grad_(False)
     reward = job.reward.load(runtime.device)
+    # A weight of 0 asks for nothing: the term is watched where the reward has it, and not missed where it has not.
+    known = {*job.reward.terms, *TERMS}
     objective = Objective(
-        weights=recipe.weights,
+        weights={n: w for n, w in recipe.weights.items() if w or n in known},
         terms=tuple(n for n in job.reward.terms if n not in recipe.weights),
         similarity_target=recipe.similarity_target,
     )
