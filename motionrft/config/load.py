@@ -131,9 +131,10 @@ def set_field(values: dict[str, Any], dotted: str, value: Any) -> None:
     """Set one field in nested plain data: "finetune.weights.semantic", "finetune.strategy.window", ...
 
     Fields of a variant are reached through its name; "finetune.strategy" itself takes the name of another variant.
+    The "init_args" of the YAML form may be written or left out.
     """
     place = values
-    *parents, leaf = dotted.split(".")
+    *parents, leaf = (key for key in dotted.split(".") if key != "init_args")
     for key in parents:
         below = place.get(key)
         if isinstance(below, str):  # a variant chosen by name alone
