@@ -6,6 +6,7 @@ Letters: T frames, J = 22 joints.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import tarfile
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ class BvhMapping:
     rotations: Mapping[str, list[str]] = field(default_factory=dict)  # empty: rotations are fitted later
     file_name: str = ""
     contents: Mapping[str, list[str]] = field(default_factory=dict)
-    styles: Mapping[str, str] = field(default_factory=dict)
+    styles: Mapping[str, list[str]] = field(default_factory=dict)
     captions: tuple[str, ...] = ()
     splits: Mapping[str, str] = field(default_factory=dict)
 
@@ -65,6 +66,10 @@ class BvhMapping:
             problems.append(f"up must be y or z, got {self.up!r}")
         if not self.unit_m > 0:
             problems.append(f"unit_m must be > 0, got {self.unit_m}")
+        for name, table in (("contents", self.contents), ("styles", self.styles)):
+            bad = [k for k, v in table.items() if not isinstance(v, list) or len(v) < 2]
+            if bad:
+                problems.append(f"{name}.{bad[0]} must be [class, phrase, further phrases...]")
         if set(self.splits) - set(SPLITS):
             problems.append(f"splits must be among {', '.join(SPLITS)}")
         if problems:
@@ -81,12 +86,13 @@ class BvhMapping:
         content, style = self.contents.get(groups.get("content", "")), groups.get("style", "")
         if content is None or style not in self.styles:
             return (), ""
-        class_name, action = content
+        class_name, *actions = content
+        style_name, *manners = self.styles[style]
         captions = []
-        for template in self.captions:
-            text = template.format(content=action, style=self.styles[style])
+        for template, action, manner in itertools.product(self.captions, actions, manners):
+            text = template.format(content=action, style=manner)
             captions.append(re.sub(r"\s+([.,])", r"\1", " ".join(text.split())))
-        return tuple(captions), f"{class_name}|{style}"
+        return tuple(dict.fromkeys(captions)), f"{class_name}|{style_name}"
 
 
 def load_mapping(path: str = "") -> BvhMapping:

@@ -163,7 +163,8 @@ class Plan:
 
     def _finetune(self, name: str, base: str, seed: int, weights: Mapping[str, float] | None = None) -> Stage:
         recipe = self.config.finetune
-        recipe = recipe if weights is None else replace(recipe, weights=dict(weights))
+        if weights is not None:
+            recipe = replace(recipe, weights=dict(weights), similarity_target="reference")
         job = FinetuneJob(self.dataset, base, self.reward, self.config.seed + seed, recipe, self.evaluators)
         return Stage(name, f"{_RECIPES}.finetune:run", to_plain(job))
 

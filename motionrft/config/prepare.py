@@ -33,6 +33,7 @@ class PrepareConfig:
     variant: str = "compatible"  # kinematic features: compatible with released weights | fixed
     rotations: str = "ik"  # clips without rotations: ik = fit them to positions, marked | require = reject
     mirror: bool = False  # add a left-right mirrored copy of every training clip, captions swapped
+    mirror_held_out: bool = False  # of every validation and test clip too: more classes, but clips come in pairs
     repair_frames: int = 0  # interpolate up to this many consecutive broken frames (at most 3); 0 = reject
     val_frac: float = 0.1  # bvh: share of clips by hash, where the mapping names no split
     test_frac: float = 0.1
@@ -80,6 +81,8 @@ class PrepareConfig:
             problems.append(f"val_frac + test_frac must be in 0..1, got {self.val_frac} + {self.test_frac}")
         if not 0 <= self.max_reject_frac <= 1:
             problems.append(f"max_reject_frac must be in 0..1, got {self.max_reject_frac}")
+        if self.mirror_held_out and not self.mirror:
+            problems.append("mirror_held_out needs mirror")
         if self.mirror and self.source == "humanml3d":
             problems.append("source humanml3d ships its own mirrored clips (M*): set mirror to false")
         if self.source == "humanml3d" and self.fps != 20.0:

@@ -90,7 +90,7 @@ def identity_mapping(**changes) -> BvhMapping:
             "rotations": {n: [n, "+x", "+y", "+z"] for n in T2M.joint_names},
             "file_name": r"(?P<content>[a-z]+)_(?P<style>[a-z]+)_\d+",
             "contents": {"walk": ["walk|forward", "walks"]},
-            "styles": {"normal": "", "sad": "sadly"},
+            "styles": {"normal": ["normal", ""], "sad": ["sad", "sadly"]},
             "captions": ("a person {content} {style}.",),
             **changes,
         }
@@ -207,6 +207,8 @@ def test_path_errors_are_named(tmp_path):
         ({"rotations": {n: [n, "+x", "+y", "-z"] for n in T2M.joint_names}}, "right-handed"),
         ({"rotations": {n: [n, "+x", "+y"] for n in T2M.joint_names}}, "must be"),
         ({"splits": {"dev": "x"}}, "splits"),
+        ({"styles": {"normal": ""}}, "styles.normal must be"),
+        ({"contents": {"walk": ["walk"]}}, "contents.walk must be"),
     ],
 )
 def test_bad_mapping_is_refused(changes, message):
@@ -227,10 +229,9 @@ def test_mapping_files_are_checked(tmp_path):
 def test_bundled_mapping_describes_file_names():
     mapping = load_mapping()
     captions, class_name = mapping.describe("dataset-1_walk-back_not-confident_001")
-    assert captions == (
-        "a person walks backwards without confidence.",
-        "someone walks backwards without confidence.",
-    )
+    assert len(captions) == 8 and captions[0] == "a person walks backwards without confidence."
+    assert "someone takes steps backwards in an unsure way." in captions
+    assert mapping.describe("dataset-1_walk_elderly_001")[1] == mapping.describe("dataset-2_walk_old_001")[1]
     assert class_name == "walk|backward|not-confident"
     assert mapping.describe("dataset-2_wave-left-hand_normal_012")[0][0] == "a person waves the left hand."
     assert mapping.describe("something_else") == ((), "")
