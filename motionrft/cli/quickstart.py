@@ -193,12 +193,12 @@ class Plan:
             rows.append(RowSpec("control", "control", tuple(self.model(f"control_{s}") for s in self.seeds), note))
         if cfg.quickstart.paper_row:
             note = f"reward weights {PAPER_WEIGHTS}, one fine-tuning seed"
-            rows.append(RowSpec("paper", "EasyTune, paper weights", (self.model("finetune_paper"),), note))
+            rows.append(RowSpec("paper", "EasyTune, paper weights", (self.model("finetune_paper"),), note, seeds=1))
         if self.has_long:
             note = f"pre-trained {factor} x as long"
-            rows.append(RowSpec("long", f"base x {factor}", (self.model("pretrain", "model_long"),), note))
+            rows.append(RowSpec("long", f"base x {factor}", (self.model("pretrain", "model_long"),), note, seeds=1))
             note = f"fine-tuned from the base pre-trained {factor} x as long, one fine-tuning seed"
-            rows.append(RowSpec("long_after", f"EasyTune from base x {factor}", (self.model("finetune_long"),), note))
+            rows.append(RowSpec("long_after", f"EasyTune from base x {factor}", (self.model("finetune_long"),), note, seeds=1))
         return rows
 
 

@@ -48,7 +48,7 @@ def distances(a: ArrayLike, b: ArrayLike) -> Array:
 
     The expansion a^2 + b^2 - 2ab loses digits exactly where nearest neighbours are decided.
     """
-    x, y = (torch.from_numpy(np.ascontiguousarray(np.asarray(v, dtype=np.float64))) for v in (a, b))
+    x, y = (torch.from_numpy(np.array(v, dtype=np.float64)) for v in (a, b))
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").numpy()
 
 

@@ -282,3 +282,18 @@ def test_impossible_settings_are_refused_with_their_names() -> None:
         MDMGenerator(spec, SMALL, joints)
     with pytest.raises(ConfigError, match="x0"):
         MDMGenerator(replace(spec, prediction="eps"), SMALL, statistics())
+
+
+def test_text_gain_is_the_same_as_larger_text_weights():
+    batch = make_batch()
+    loud, plain = make(replace(SMALL, text_gain=3.0)), make(SMALL)
+    x = torch.randn(5, 16, 263, generator=torch.Generator().manual_seed(8))
+    before = network_output(plain, batch, x, batch.lengths_B)
+    with torch.no_grad():
+        plain.network.embed_text.weight.mul_(3.0)
+    assert not torch.allclose(before, network_output(plain, batch, x, batch.lengths_B), atol=1e-3)
+    torch.testing.assert_close(
+        network_output(loud, batch, x, batch.lengths_B), network_output(plain, batch, x, batch.lengths_B)
+    )
+    with pytest.raises(ConfigError, match="text_gain"):
+        replace(SMALL, text_gain=0.0)

@@ -115,6 +115,16 @@ def test_mirrored_copies_are_of_training_clips_and_mirror_words(tmp_path):
         torch.testing.assert_close(to_joints(clips.motion(row + 1, J), J), b, atol=2e-6, rtol=0)
 
 
+def test_held_out_clips_are_mirrored_on_request_and_stay_in_their_split(tmp_path):
+    plain = make_dataset(tmp_path / "plain", 20)
+    report = make_dataset(tmp_path / "out", 20, mirror=True, mirror_held_out=True)
+    assert report.clips == {split: 2 * count for split, count in plain.clips.items()}
+    for split in ("val", "test"):
+        clips = table(tmp_path / "out", split)
+        assert set(clips.clip_ids) == set(table(tmp_path / "plain", split).clip_ids)
+        assert {i.removeprefix("M") for i in clips.item_ids} == set(clips.clip_ids)
+
+
 def test_words_are_mirrored():
     assert mirror_text("Left hand, then right; clockwise") == "Right hand, then left; counterclockwise"
     assert mirror_text("turns anticlockwise upright") == "turns clockwise upright"

@@ -107,6 +107,7 @@ class RowSpec:
     label: str
     generators: tuple[str, ...] = ()  # empty = the real clips
     note: str = ""
+    seeds: int = 0  # noise seeds; 0 = as many as the recipe says
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def evaluate_rows(
     base = next((spec for spec in specs if spec.key == BASE), None)
 
     def jobs(spec: RowSpec) -> list[ScoreJob]:
-        seeds = range(1) if not spec.generators else range(max(recipe.seeds, 1))
+        seeds = range(1) if not spec.generators else range(spec.seeds or max(recipe.seeds, 1))
         folders = spec.generators or ("",)
         if len(folders) not in (1, len(seeds)):
             raise ConfigError(f"row {spec.key} has {len(folders)} generators for {len(seeds)} seeds")
