@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file
 
 from motionrft.evaluation.protocol import SUMMARY_KEYS
 
@@ -35,6 +38,26 @@ def problems(run_dir: Path) -> list[str]:
         for name in ("stage.json", "metrics.jsonl", "checkpoints"):
             if not (run_dir / stage / name).exists():
                 found.append(f"no {stage}/{name}")
+    return found + _shared_weights(run_dir)
+
+
+def _shared_weights(run_dir: Path) -> list[str]:
+    """Return weights that an evaluator has in common with the reward or with the other evaluator."""
+    seen: dict[bytes, str] = {}
+    found: list[str] = []
+    for stage in ("reward", "preference", "authenticity", "evaluator_A", "evaluator_B"):
+        files = sorted((run_dir / stage / "model").rglob("model*.safetensors"))
+        if not files:
+            found.append(f"no weights in {stage}/model")
+        for path in files:
+            for name, tensor in load_file(path).items():
+                # biases start at 0 and norms at 1, and statistics describe the data: neither was learned from anybody
+                if tensor.ndim < 2 or len(tensor.unique()) < 8:
+                    continue
+                digest = hashlib.sha256(tensor.float().numpy().tobytes()).digest()
+                other = seen.setdefault(digest, f"{stage}/{name}")
+                if other.split("/")[0] != stage and stage.startswith("evaluator"):
+                    found.append(f"{stage}/{name} equals {other}")
     return found
 
 

@@ -38,9 +38,7 @@ def choose_hardware(hardware: HardwareConfig, backend: str | None) -> HardwareCo
     if backend == "single":
         many = hardware.workers
         threads = many.num_workers * many.threads_per_worker  # one process does the work of all
-        workers = WorkersConfig(
-            use_gpu=many.use_gpu, gpus_per_worker=many.gpus_per_worker, threads_per_worker=threads
-        )
+        workers = WorkersConfig(use_gpu=many.use_gpu, gpus_per_worker=many.gpus_per_worker, threads_per_worker=threads)
         precision = "autocast" if hardware.zero.precision != "fp32" else "fp32"
         return HardwareConfig("local", workers, ZeroConfig(precision=precision), hardware.ray)
     return hardware if hardware.launcher == "ray" else load_profile("cpu2")

@@ -198,7 +198,9 @@ class Plan:
             note = f"pre-trained {factor} x as long"
             rows.append(RowSpec("long", f"base x {factor}", (self.model("pretrain", "model_long"),), note, seeds=1))
             note = f"fine-tuned from the base pre-trained {factor} x as long, one fine-tuning seed"
-            rows.append(RowSpec("long_after", f"EasyTune from base x {factor}", (self.model("finetune_long"),), note, seeds=1))
+            rows.append(
+                RowSpec("long_after", f"EasyTune from base x {factor}", (self.model("finetune_long"),), note, seeds=1)
+            )
         return rows
 
 

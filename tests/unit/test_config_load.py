@@ -68,6 +68,8 @@ def test_setting_a_field_creates_levels_and_reaches_through_variants() -> None:
     set_field(values, "finetune.strategy.last_steps", 3)
     set_field(values, "a.b", 1)
     assert values == {"finetune": {"strategy": {"class_path": "DRaFT", "init_args": {"last_steps": 3}}}, "a": {"b": 1}}
+    set_field(values, "finetune.strategy.init_args.last_steps", 5)  # as the YAML form spells it
+    assert values["finetune"]["strategy"]["init_args"] == {"last_steps": 5}
 
 
 @pytest.mark.parametrize(
