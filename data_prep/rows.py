@@ -40,8 +40,9 @@ def _process(source: Source, ids: Sequence[str], config: PrepareConfig) -> pa.Ta
     for clip_id in ids:
         result = _read(source, clip_id, config)
         results.append(result)
-        wanted = config.mirror and isinstance(result, ReadyClip)
-        if wanted and (result.split == "train" or config.mirror_held_out):
+        if isinstance(result, Rejected) or not config.mirror:
+            continue
+        if result.split == "train" or config.mirror_held_out:
             results.append(mirrored(result))
     ready = [r for r in results if isinstance(r, ReadyClip)]
     motions = iter(represent(ready, config))

@@ -286,7 +286,7 @@ def test_impossible_settings_are_refused_with_their_names() -> None:
 
 def test_text_gain_is_the_same_as_larger_text_weights():
     batch = make_batch()
-    loud, plain = make(replace(SMALL, text_gain=3.0)), make(SMALL)
+    loud, plain = make(replace(SMALL, text_gain=3.0, dropout=0.0)), make(replace(SMALL, dropout=0.0))
     x = torch.randn(5, 16, 263, generator=torch.Generator().manual_seed(8))
     before = network_output(plain, batch, x, batch.lengths_B)
     with torch.no_grad():
