@@ -131,7 +131,7 @@ def test_a_pickle_or_a_foreign_checkpoint_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_show_plan_draws_strips_without_data(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["finetune", "--preset", "quickstart", "--show-plan"]) == 0
+    assert main(["finetune", "--preset", "quickstart", "--show-plan", "finetune.strategy.window=3"]) == 0
     assert "network [###       ]" in capsys.readouterr().out
 
 
