@@ -27,7 +27,7 @@ quickstart: setup
 	$(BIN)/motionrft quickstart $(QUICKSTART)
 
 smoke: setup
-	$(BIN)/motionrft quickstart --preset smoke $(QUICKSTART)
+	$(BIN)/motionrft quickstart --preset smoke --run-dir runs/smoke $(QUICKSTART)
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
