@@ -53,7 +53,8 @@ class RayExecutor:
                     index, shard = waiting.pop()
                     running[self._task.remote(shared, shard)] = index
                 (done, *_), _ = ray.wait(list(running), num_returns=1)
-                results[running.pop(done)] = ray.get(done)
+                index = running.pop(done)  # before get raises: cancelling a task that ends now aborts the process
+                results[index] = ray.get(done)
         except RayTaskError as error:
             if isinstance(error.cause, MotionRFTError):
                 raise error.cause from error
