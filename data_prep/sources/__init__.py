@@ -19,7 +19,9 @@ def build_source(config: PrepareConfig) -> Source:
     if config.source == "synthetic":
         from data_prep.sources.synthetic import SyntheticConfig, SyntheticSource
 
-        return SyntheticSource(SyntheticConfig(num_clips=config.num_clips, seed=config.seed, fps=config.fps))
+        return SyntheticSource(
+            SyntheticConfig(num_clips=config.num_clips, seed=config.seed, fps=config.fps, families=config.families)
+        )
     if config.source == "bvh":
         from data_prep.sources.bvh import BvhSource, load_mapping
 

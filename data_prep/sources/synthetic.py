@@ -19,6 +19,7 @@ from data_prep.sources.synthetic_classes import FAMILIES, ActionClass, all_class
 from data_prep.sources.synthetic_curves import Array, rotation, smooth_in_time
 from data_prep.sources.synthetic_jumps import JUMPS
 from data_prep.sources.synthetic_locomotion import LOCOMOTION
+from data_prep.sources.synthetic_styles import STYLES
 from data_prep.sources.synthetic_take import FLESH_S, Take
 from motionrft.core.errors import ConfigError, DataError, explain
 from motionrft.core.rng import numpy_rng
@@ -136,6 +137,8 @@ def make_motion(action: ActionClass, config: SyntheticConfig, index: int) -> tup
     num_frames = int(rng.integers(_fewest_frames(action, config), config.max_frames + 1))
     take = Take(action.authored, Body.draw(rng), rng, np.arange(num_frames) / config.fps)
     pose = _PERFORM[action.family](take)
+    if style := action.get("style"):
+        STYLES[style](pose, take)
     sigma = FLESH_S * config.fps
     for track in ("pelvis_T2", "spine_T3", "head_T3"):
         setattr(pose, track, smooth_in_time(getattr(pose, track), sigma, 0))

@@ -42,13 +42,41 @@ _PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
         "half": ("a half turn", "one hundred eighty degrees"),
         "full": ("a full turn", "three hundred sixty degrees"),
     },
+    "style": {
+        "tired": ("wearily", "like a tired person", "in a tired way"),
+        "proud": ("proudly", "like a proud person", "in a proud way"),
+        "drunk": ("unsteadily", "like a drunk person", "in a drunk way"),
+        "arms_spread": ("with arms spread wide", "with both arms held out like wings", "with arms out to the sides"),
+        "hands_on_hips": ("with hands on the hips", "keeping both hands on the hips", "with both hands at the waist"),
+        "arms_up": ("with arms raised over the head", "with both arms up in the air", "keeping both hands overhead"),
+    },
 }
 
-# family -> (training clauses, held-out clauses); "family/value" goes before "family" for classes with that value
+# family -> (training clauses, held-out clauses); "family+attribute" goes before "family/value", that before "family"
 _CLAUSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "walk": (
         ("[walk] {direction} {speed}", "[stroll] {direction} {speed}", "{speed} [walk] {direction}"),
         ("[walk] {speed} {direction}", "{speed} [stroll] {direction}"),
+    ),
+    "walk+style": (
+        ("[walk] {style}", "[stroll] {style}", "[walk] along {style}"),
+        ("[stroll] along {style}", "[walk] ahead {style}"),
+    ),
+    "run+style": (
+        ("[run] {style}", "[jog] {style}", "[run] ahead {style}"),
+        ("[jog] along {style}", "[jog] ahead {style}"),
+    ),
+    "march+style": (
+        ("[march] in place {style}", "[march] on the spot {style}", "[lift] the knees in turn {style}, marching"),
+        ("[march] {style} in place", "[march] {style} on the spot"),
+    ),
+    "sidestep+style": (
+        ("[step] sideways to the {direction} {style}", "[sidestep] {direction} {style}"),
+        ("[sidestep] to the {direction} {style}", "[step] to the {direction} sideways {style}"),
+    ),
+    "circle+style": (
+        ("[walk] in a circle to the {direction} {style}", "[walk] around in a circle, turning {direction}, {style}"),
+        ("[walk] around in a circle to the {direction} {style}", "[walk] in a circle, turning {direction}, {style}"),
     ),
     "circle": (
         (
@@ -303,7 +331,8 @@ def progressive(verb: str) -> str:
 def clauses(action: ActionClass, held_out: bool) -> tuple[str, ...]:
     """Return the clauses of a class with every attribute filled in and verbs still marked."""
     values = [value for _, value in action.attributes]
-    options = ["/".join((action.family, *values)), *("/".join((action.family, v)) for v in values), action.family]
+    named = (f"{action.family}+{name}" for name, _ in action.attributes)
+    options = [*named, "/".join((action.family, *values)), *(f"{action.family}/{v}" for v in values), action.family]
     templates = _CLAUSES[next(key for key in options if key in _CLAUSES)][held_out]
     filled = []
     for template in templates:

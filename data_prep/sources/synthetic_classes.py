@@ -36,6 +36,7 @@ class ActionClass:
 
 
 _SIDES, _SPEEDS = ("left", "right"), ("slow", "fast")
+_STYLES = ("tired", "proud", "drunk", "arms_spread", "hands_on_hips", "arms_up")
 
 _TABLE: tuple[tuple[str, dict[str, tuple[str, ...]]], ...] = (
     ("walk", {"direction": ("forward",), "speed": ("slow", "normal", "fast")}),
@@ -67,6 +68,11 @@ _TABLE: tuple[tuple[str, dict[str, tuple[str, ...]]], ...] = (
     ("stretch", {"direction": (*_SIDES, "up")}),
     ("lunge", {"side": _SIDES}),
     ("jack", {"speed": _SPEEDS}),
+    ("walk", {"style": _STYLES}),
+    ("run", {"style": _STYLES}),
+    ("march", {"style": _STYLES}),
+    ("sidestep", {"direction": _SIDES, "style": ("tired", "arms_spread", "arms_up")}),
+    ("circle", {"direction": _SIDES, "style": ("tired", "arms_spread", "arms_up")}),
 )
 
 

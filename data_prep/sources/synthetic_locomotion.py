@@ -104,7 +104,7 @@ def limp(take: Take) -> Pose:
 def run(take: Take) -> Pose:
     """Run or jog: a flight phase, bent elbows, heels high."""
     size = take.body.leg / 0.8
-    slow = take.action.get("speed") == "slow"
+    slow = take.action.get("speed", "slow") == "slow"
     speed = take.uniform(1.8, 2.1) if slow else take.uniform(2.9, 3.3)
     gait = Gait(
         frequency=take.uniform(1.15, 1.25) if slow else take.uniform(1.42, 1.55), duty=0.36 if slow else 0.3,

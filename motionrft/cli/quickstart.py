@@ -220,6 +220,8 @@ def run(config: RunConfig, run_dir: Path, launcher: Launcher, resume: bool, comm
     with launcher.session():
         with clock.part("prepare"):
             dataset = config.inputs.dataset or _prepare(config, run_dir / "data", launcher)
+        config = fitted(config, dataset)
+        write_run_config(run_dir, config, command)
         plan = Plan(config, run_dir, str(Path(dataset).resolve()))
         with clock.part("pretrain, evaluators, reward"):
             launcher.run(plan.first(), run_dir, plan.dataset, resume=resume)
@@ -245,6 +247,23 @@ def run(config: RunConfig, run_dir: Path, launcher: Launcher, resume: bool, comm
     summary["wall_s"] = clock.total
     write_json(run_dir / "summary.json", summary)
     return summary
+
+
+def fitted(config: RunConfig, dataset: str) -> RunConfig:
+    """Return the configuration with batches no larger than the training split, and say what was changed."""
+    clips = ClipTable.open(Dataset.open(dataset), "train")
+    usable, workers = len(clips.rows(with_captions=True)), max(config.hardware.workers.num_workers, 1)
+    largest = max(usable // workers, 1) * workers
+    changed = {}
+    for name in ("pretrain", "evaluator", "reward"):
+        part = getattr(config, name)
+        if part.train.batch_size > largest:
+            changed[name] = replace(part, train=replace(part.train, batch_size=largest))
+    if config.finetune.batch_size > largest:
+        changed["finetune"] = replace(config.finetune, batch_size=largest)
+    if changed:
+        _LOG.warning("%d training clips: batches of %s lowered to %d", usable, ", ".join(changed), largest)
+    return replace(config, **changed)
 
 
 def _prepare(config: RunConfig, out: Path, launcher: Launcher) -> str:

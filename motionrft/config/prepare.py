@@ -24,6 +24,7 @@ class PrepareConfig:
     path: str = ""  # folder or archive of the source; unused by synthetic
     mapping: str = ""  # bvh: YAML with joint map, units and captions; "" = the bundled bandai_namco one
     num_clips: int = 2000  # synthetic: clips to generate
+    families: tuple[str, ...] = ()  # synthetic: action families to generate; () = all
     limit: int = 0  # read only the first ids (sorted); 0 = all
     seed: int = 0
     fps: float = 20.0  # HumanML3D's rate; other sources are resampled
@@ -65,6 +66,8 @@ class PrepareConfig:
             problems.append(f"source {self.source} needs path")
         if self.source not in NEEDS_PATH and self.path:
             problems.append(f"source {self.source} takes no path, got {self.path!r}")
+        if self.families and self.source != "synthetic":
+            problems.append("families belongs to source synthetic")
         if self.mapping and self.source != "bvh":
             problems.append("mapping belongs to source bvh")
         if not 1.0 <= self.fps <= 240.0:

@@ -7,6 +7,7 @@ is still a bow, and only captions that say left or right can notice a mirrored c
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +20,9 @@ from motionrft.core.rng import numpy_rng
 from motionrft.evaluation import metrics
 from motionrft.evaluation.evaluator import Evaluator
 from motionrft.evaluation.motions import MotionSet, damaged, joint_noise, mirrored, reversed_time, shuffled_frames
-from motionrft.evaluation.pools import POOL_SIZE, class_pools, permutation_pools
+from motionrft.evaluation.pools import POOL_SIZE, retrieval_pools, too_small
+
+_LOG = logging.getLogger(__name__)
 
 FID_SCALE = 100.0
 """FID of unit-norm embeddings is at most 4; results show it times 100."""
@@ -72,11 +75,12 @@ class GateReport:
     gates: tuple[Gate, ...]
     reactions: tuple[Reaction, ...]
     real: dict[str, float] = field(default_factory=dict)  # r_precision_top1/2/3, mm_dist, diversity, fid_floor
+    not_judged: str = ""  # why there are no gates; "" where there are
 
     @property
     def accepted(self) -> bool:
-        """True iff every required gate is passed."""
-        return all(g.passed for g in self.gates if g.required)
+        """True iff there are gates and every required one is passed."""
+        return not self.not_judged and all(g.passed for g in self.gates if g.required)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for the card and the report."""
@@ -84,6 +88,8 @@ class GateReport:
 
     def to_text(self) -> str:
         """Return a readable report, one line per gate."""
+        if self.not_judged:
+            return f"evaluator NOT JUDGED: {self.not_judged}"
         mark = {(True, True): "pass", (True, False): "pass", (False, True): "FAIL", (False, False): "note"}
         lines = [f"evaluator {'accepted' if self.accepted else 'REFUSED'}"]
         lines += [f"  [{mark[g.passed, g.required]}] {g.name}: {g.text}" for g in self.gates]
@@ -92,12 +98,14 @@ class GateReport:
         return "\n".join(lines)
 
     def require(self, name: str) -> None:
-        """Stop unless accepted.
+        """Stop if a gate was missed; an evaluator that could not be judged passes with a warning.
 
         Raises:
             DataError: a required gate failed; says which.
         """
-        if not self.accepted:
+        if self.not_judged:
+            _LOG.warning("evaluator %s was not judged, trust none of its numbers: %s", name, self.not_judged)
+        elif not self.accepted:
             raise DataError(
                 explain(
                     "an evaluator that passes every required gate",
@@ -127,11 +135,10 @@ def run_gates(
         config: thresholds.
     """
     cfg = config or GateConfig()
-    pools = (
-        permutation_pools(len(motions), cfg.seed)
-        if class_ids is None
-        else class_pools(class_ids, cfg.seed, cfg.n_pools)
-    )
+    ids = np.full(len(motions), -1) if class_ids is None else np.asarray(class_ids)
+    if reason := too_small(ids):
+        return GateReport((), (), not_judged=reason)
+    pools = retrieval_pools(ids, cfg.seed, cfg.n_pools)
     text = evaluator.encode_text(captions).numpy()
     clean = evaluator.encode_motion(*damaged(motions, lambda joints, _: joints, cfg.seed).kinematic).numpy()
 

@@ -17,6 +17,31 @@ from motionrft.evaluation.metrics import IntArray
 POOL_SIZE = 32
 
 
+def retrieval_pools(class_ids_N: ArrayLike, seed: int, n_pools: int = 200) -> IntArray:
+    """Return class pools where every item has a class, else pools of one seeded permutation.
+
+    Raises:
+        DataError: too few items or classes (`too_small` says so beforehand).
+    """
+    ids = np.asarray(class_ids_N, dtype=np.int64)
+    return class_pools(ids, seed, n_pools) if _classed(ids) else permutation_pools(len(ids), seed)
+
+
+def too_small(class_ids_N: ArrayLike, pool: int = POOL_SIZE) -> str:
+    """Return why R-precision and FID would mean nothing on these items; "" where they can be computed."""
+    ids = np.asarray(class_ids_N, dtype=np.int64)
+    if len(ids) < pool:
+        return f"R-precision and FID need at least {pool} clips, this split has {len(ids)}"
+    classes = len(np.unique(ids))
+    if _classed(ids) and classes < pool:
+        return f"R-precision and FID need clips of at least {pool} classes, this split has {classes}"
+    return ""
+
+
+def _classed(ids: IntArray) -> bool:
+    return len(ids) > 0 and bool((ids >= 0).all())
+
+
 def class_pools(class_ids_N: ArrayLike, seed: int, n_pools: int = 200, pool: int = POOL_SIZE) -> IntArray:
     """Return item rows (G, P): per pool P classes drawn without replacement, then one item of each.
 

@@ -64,7 +64,7 @@ def score_motions(
     motions: MotionSet,
     captions: Sequence[str],
     reference: Reference,
-    pools_GP: ArrayLike,
+    pools_GP: ArrayLike | None,
     item_ids: Sequence[str] | None = None,
     rewards: Mapping[str, ArrayLike] | None = None,
     quality: QualityConfig | None = None,
@@ -76,7 +76,8 @@ def score_motions(
         motions: generated (or real) clips in physical units.
         captions: what each clip was generated for.
         reference: real clips of the same split, for FID.
-        pools_GP: rows of `motions`, from `pools.class_pools`: the same for every model compared.
+        pools_GP: rows of `motions`, from `pools.class_pools`: the same for every model compared; None where there are
+            too few clips for retrieval and FID, which are then left out.
         item_ids: names for messages.
         rewards: reward terms per clip, by name ("total", "semantic", ...), each (N,).
         quality: contact thresholds.
@@ -88,16 +89,20 @@ def score_motions(
         raise ValueError(f"{len(captions)} captions for {len(motions)} motions")
     text = evaluator.encode_text(captions).numpy()
     motion = metrics.finite_rows(evaluator.encode_motion(*motions.kinematic).numpy(), "generated motions", item_ids)
-    retrieval = metrics.r_precision(text, motion, pools_GP)
-    asked = np.where(retrieval.queries_N > 0, retrieval.queries_N, np.nan)
-    per_clip: dict[str, Array] = {key: retrieval.hits_NK[:, i] / asked for i, key in enumerate(_TOP)}
-    weights = {key: retrieval.queries_N for key in _TOP}
+    per_clip: dict[str, Array] = {}
+    weights: dict[str, Array] = {}
+    if pools_GP is not None:
+        retrieval = metrics.r_precision(text, motion, pools_GP)
+        asked = np.where(retrieval.queries_N > 0, retrieval.queries_N, np.nan)
+        per_clip = {key: retrieval.hits_NK[:, i] / asked for i, key in enumerate(_TOP)}
+        weights = {key: retrieval.queries_N for key in _TOP}
     per_clip["mm_dist"] = metrics.pair_distances(text, motion)
     per_clip |= clip_quality(motions.joints_NTJ3.numpy(), motions.lengths_N.numpy(), motions.fps, quality)
     for name, value in (rewards or {}).items():
         per_clip[f"reward_{name}"] = np.asarray(value, dtype=np.float64)
     values = {key: _weighted_mean(x, weights.get(key)) for key, x in per_clip.items()}
-    values["fid"] = FID_SCALE * metrics.fid(motion, reference.motion_NE, item_ids)
+    if pools_GP is not None:
+        values["fid"] = FID_SCALE * metrics.fid(motion, reference.motion_NE, item_ids)
     values["diversity"] = metrics.expected_diversity(motion)
     return Scores(values, per_clip, weights, motion, reference.motion_NE)
 

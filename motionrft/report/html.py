@@ -44,7 +44,7 @@ def write_report(
             "rows" list of {"key", "label", "metrics": {metric: {"mean", "ci95", "n", "method"}}, "note", "evaluator"};
             the keys "real", "before", "after" and "control" are known, others are shown as they are;
             "fid_floor" {evaluator: value};
-            "gates" list of {"name", "accepted", "gates": [{"name", "passed", "required", "text"}]};
+            "gates" list of {"name", "accepted", "not_judged", "gates": [{"name", "passed", "required", "text"}]};
             "timings" {stage: seconds}; "fingerprints" {what: hash}; "limits" list of further limits.
         curves: stage -> metric rows ({"step", "loss/total", ...}); "tune" -> one row per trial.
         clips: motions to play.
@@ -185,11 +185,12 @@ def _gates(reports: Sequence[Mapping[str, Any]]) -> str:
             f"<td>{esc(_typeset(gate.get('text', '')))}</td></tr>"
             for gate in report.get("gates") or []
         )
-        state = (
-            '<span class="badge pass">✓ accepted</span>'
-            if report.get("accepted")
-            else '<span class="badge fail">✗ refused</span>'
-        )
+        if report.get("not_judged"):
+            state = f'<span class="badge">not judged: {esc(str(report["not_judged"]))}</span>'
+        elif report.get("accepted"):
+            state = '<span class="badge pass">✓ accepted</span>'
+        else:
+            state = '<span class="badge fail">✗ refused</span>'
         parts.append(
             f'<div class="card"><h3>Evaluator {esc(report.get("name", ""))} {state}</h3>'
             f'<div class="scroll"><table><tbody>{lines}</tbody></table></div></div>'

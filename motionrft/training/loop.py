@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -108,10 +109,10 @@ def run_loop(
     with _Interrupts(enabled=runtime.world == 1) as interrupts:
         for step in range(start, total_steps):
             values = run.batch(body, step)
-            if ema is not None and run.moved:
+            done = step + 1
+            if ema is not None and run.moved and ema.due(done):
                 ema.update(engine.trainable_tensors())
             run.means.update(values)
-            done = step + 1
             run.check_refusals(step, max_refused_in_row, item_ids)
             if done % log_every == 0 or done == total_steps:
                 logged = mean_over_ranks(run.means.means(), runtime) | {"optim/refused_steps": float(run.refused)}
@@ -136,6 +137,14 @@ def mean_over_ranks(values: Mapping[str, float], runtime: Runtime) -> dict[str, 
         return {name: float(values[name]) for name in names}
     stacked = torch.tensor([float(values[n]) for n in names], dtype=torch.float64, device=runtime.device)
     return dict(zip(names, runtime.mean(stacked).tolist(), strict=True))
+
+
+def memory_in_use(device: torch.device) -> dict[str, float]:
+    """Return what this process holds now and, on an accelerator, the most it held there so far, in GiB."""
+    found = {"memory/resident_gib": psutil.Process().memory_info().rss / 2**30}
+    if device.type == "cuda":
+        found["memory/accelerator_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return found
 
 
 class _Run:
@@ -207,6 +216,7 @@ class _Run:
                 self.save(step, {})
             raise KeyboardInterrupt(_stopped(step, self.path)) from None
         values["time/batch_s"] = time.perf_counter() - started
+        values |= memory_in_use(self.runtime.device)
         self.moved = self.engine.steps > steps
         refused = self.engine.skipped - skipped
         self.refused += refused

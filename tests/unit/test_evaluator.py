@@ -98,6 +98,22 @@ def test_an_untrained_evaluator_is_refused_with_the_reason(untrained: Evaluator,
         report.require("toy")
 
 
+def test_too_few_clips_leave_an_evaluator_unjudged_and_rows_without_retrieval(
+    trained: Evaluator, val: Toy, caplog: pytest.LogCaptureFixture
+):
+    few = MotionSet(val.features[:8], val.lengths[:8], Representation.KINEMATIC)
+    report = run_gates(trained, few, val.captions[:8], None)
+    assert not report.accepted and report.gates == () and "NOT JUDGED" in report.to_text()
+    report.require("few")
+    assert "trust none of its numbers" in caplog.text and "this split has 8" in caplog.text
+    scores = score_motions(trained, few, val.captions[:8], Reference.of(trained, few), None)
+    row = summarise("few", [scores], draws=20).to_dict()["metrics"]
+    for key in ("r_precision_top1", "r_precision_top3", "fid"):
+        assert math.isnan(row[key]["mean"])
+    assert math.isfinite(row["mm_dist"]["mean"]) and math.isfinite(row["jerk"]["ci95"])
+    assert {v.metric for v in judge(row, row) if v.passed is None} == {"r_precision_top1", "fid"}
+
+
 def test_embeddings_do_not_depend_on_padding_order_or_batch(trained: Evaluator, val: Toy):
     whole = trained.encode_motion(val.features, val.lengths)
     assert whole.norm(dim=-1) == pytest.approx(np.ones(len(whole)), abs=1e-5)

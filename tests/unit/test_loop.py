@@ -79,7 +79,8 @@ def run(folder: Path, *, crash_at: int = -1, poison: tuple[int, ...] = (), inner
 
 def curve(folder: Path) -> list[dict[str, float]]:
     return [
-        {k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(folder / "metrics.jsonl")
+        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}
+        for row in read_metrics(folder / "metrics.jsonl")
     ]
 
 

@@ -144,3 +144,17 @@ def test_ema_is_the_weighted_sum_it_says() -> None:
     ema.update({"w": values[2]})  # d = min(0.99, 2/11)
     expected = 2 / 11 * (0.1 * 1 + 0.9 * 2) + 9 / 11 * 4
     assert float(ema.export_state()["avg/w"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_ema_every_other_batch_moves_as_far_as_two_moves() -> None:
+    start, still = torch.tensor([1.0]), torch.tensor([3.0])
+    each, pairs = Ema({"w": start}, decay=0.9), Ema({"w": start}, decay=0.9, every=2)
+    each.updates = pairs.updates = 1000  # past the warm-up
+    for done in range(1, 5):
+        for ema in (each, pairs):
+            if ema.due(done):
+                ema.update({"w": still})
+    assert pairs.updates == 1002 and each.updates == 1004
+    assert float(pairs.export_state()["avg/w"]) == pytest.approx(float(each.export_state()["avg/w"]), rel=1e-6)
+    with pytest.raises(ConfigError, match="every"):
+        Ema({"w": start}, every=0)

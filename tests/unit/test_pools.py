@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from motionrft.core.errors import DataError
-from motionrft.evaluation.pools import class_pools, permutation_pools
+from motionrft.evaluation.pools import class_pools, permutation_pools, retrieval_pools, too_small
 
 IDS = np.repeat(np.arange(40), 5)
 
@@ -42,3 +42,12 @@ def test_groups_of_a_permutation_are_disjoint_and_drop_the_remainder():
     assert permutation_pools(33, seed=0).shape == (1, 32)
     with pytest.raises(DataError, match="at least 32"):
         permutation_pools(31, seed=0)
+
+
+def test_too_small_splits_are_named_and_everything_else_has_pools():
+    assert "at least 32 clips, this split has 8" in too_small(np.full(8, -1))
+    assert "at least 32 classes, this split has 31" in too_small(np.repeat(np.arange(31), 3))
+    assert too_small(np.arange(32)) == "" == too_small(np.full(32, -1))
+    assert np.array_equal(retrieval_pools(IDS, 3, 10), class_pools(IDS, 3, 10))
+    some_unknown = np.concatenate([np.arange(32), [-1]])
+    assert np.array_equal(retrieval_pools(some_unknown, 3), permutation_pools(33, 3))

@@ -45,6 +45,8 @@ class TrainConfig:
     """AdamW; its total_steps is filled in with `steps`."""
     ema_decay: float = 0.0
     """Average of the parameters; 0 = none."""
+    ema_every: int = 1
+    """Batches between moves of the average."""
     log_every: int = 20
     """Batches between metric rows."""
     checkpoint_every: int = 500
@@ -58,6 +60,7 @@ class TrainConfig:
             f"{name} must be at least {low}, got {getattr(self, name)}"
             for name, low in (
                 ("steps", 1), ("batch_size", 1), ("log_every", 1), ("checkpoint_every", 1), ("validate_every", 0),
+                ("ema_every", 1),
             )
             if getattr(self, name) < low
         ]  # fmt: skip
@@ -164,7 +167,7 @@ def train(
         start: puts engine and average where training begins; a checkpoint of this stage overrides it.
     """
     engine = runtime.build_engine(module, config.optim_for_run)
-    ema = Ema(engine.trainable_tensors(), config.ema_decay) if config.ema_decay else None
+    ema = Ema(engine.trainable_tensors(), config.ema_decay, config.ema_every) if config.ema_decay else None
     if start is not None:
         start(engine, ema)
 

@@ -5,6 +5,7 @@ All rows use the same clips, captions, pools and per-sample noise, so that two r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -21,7 +22,7 @@ from motionrft.core.types import MotionBatch, Representation
 from motionrft.data.sampler import eval_batches
 from motionrft.evaluation.card import load_evaluator
 from motionrft.evaluation.motions import MotionSet
-from motionrft.evaluation.pools import class_pools, permutation_pools
+from motionrft.evaluation.pools import retrieval_pools, too_small
 from motionrft.evaluation.protocol import Reference, Row, Scores, paired_changes, score_motions, summarise
 from motionrft.generators.sampling import generate
 from motionrft.reward.motion_reward import MotionReward
@@ -29,6 +30,8 @@ from motionrft.reward.terms import LEARNED_TERMS
 from motionrft.training.recipes.common import Split
 from motionrft.training.recipes.generator import load_generator
 from motionrft.training.recipes.reward import load_reward
+
+_LOG = logging.getLogger(__name__)
 
 REAL = "real"
 BASE = "before"
@@ -180,9 +183,11 @@ def evaluate_rows(
             interval = paired_changes(by_row[BASE], by_row["after"])
             changes[name] = {key: asdict(value) for key, value in interval.items()}
     floors = {}
-    if any(not spec.generators for spec in specs):
-        split = _split(dataset, recipe.split)
-        batch = _everything(dataset, recipe.split, recipe.max_frames)
+    split = _split(dataset, recipe.split)
+    batch = _everything(dataset, recipe.split, recipe.max_frames)
+    if reason := too_small(batch.class_ids_B.numpy()):
+        _LOG.warning("split %s: %s; they are left out, everything else is reported", recipe.split, reason)
+    elif any(not spec.generators for spec in specs):
         real = _real_set(batch, split)
         floors = {name: Reference.of(_evaluator(path), real).floor() for name, path in evaluators.items()}
     return Evaluation(rows, tuple(specs), floors, changes)
@@ -270,11 +275,10 @@ def _rewards(job: ScoreJob, motions: MotionSet, batch: MotionBatch) -> dict[str,
     return {name: torch.cat(values).double().numpy() for name, values in parts.items()}
 
 
-def _pools(batch: MotionBatch, recipe: EvaluateRecipe) -> np.ndarray:
-    known = bool((batch.class_ids_B >= 0).all())
-    if known:
-        return class_pools(batch.class_ids_B.numpy(), recipe.pool_seed, recipe.n_pools)
-    return permutation_pools(len(batch), recipe.pool_seed)
+def _pools(batch: MotionBatch, recipe: EvaluateRecipe) -> np.ndarray | None:
+    """Return the pools, or None for a split in which retrieval and FID mean nothing."""
+    ids = batch.class_ids_B.numpy()
+    return None if too_small(ids) else retrieval_pools(ids, recipe.pool_seed, recipe.n_pools)
 
 
 def _real_set(batch: MotionBatch, split: Split) -> MotionSet:

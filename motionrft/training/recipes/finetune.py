@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from motionrft.core.errors import ConfigError
+from motionrft.core.errors import ConfigError, DataError, explain
 from motionrft.core.plain import from_plain, to_plain
 from motionrft.core.protocols import Runtime
 from motionrft.core.rng import derive_seed
@@ -215,6 +215,15 @@ class _Validation:
         if runtime.rank == 0:
             if self.base is None:
                 self.base = self._score("base", self.job.generator)
+                if "fid" not in self.base.values:
+                    raise DataError(
+                        explain(
+                            f"a {self.job.validation.split} split large enough for R-precision and FID",
+                            "one that is too small",
+                            self.job.dataset,
+                            "Set finetune.validate_every=0, or prepare more clips.",
+                        )
+                    )
             place = self.folder / f"model_{done}"
             save_weights(place, weights, self.card, self.normalizer, done, optimizer_steps)
             tuned = self._score(f"tuned_{done}", str(place))
