@@ -30,6 +30,8 @@ def run(options: argparse.Namespace) -> int:
         from motionrft.core.errors import DataError
 
         raise DataError(f"--path {options.path} does not exist")
+    if options.source not in (None, "synthetic"):
+        options.fields = ["prepare.families=[]", *options.fields]  # a preset may name families to generate
     options.fields = [*(f"prepare.{name}={value}" for name, value in given.items() if value), *options.fields]
     options.run_dir = Path(options.out).parent / f".{Path(options.out).name}.prepare"
     config, launcher = start(options)

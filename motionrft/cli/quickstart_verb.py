@@ -38,9 +38,18 @@ FITTED = {
         "prepare.max_frames=200",
         "prepare.test_frac=0.3",
         "prepare.val_frac=0.12",
+        "prepare.families=[]",
         "pretrain.train.steps=160",
+        "evaluator.train.steps=200",
+        "reward.train.steps=200",
+        "preference.train.steps=100",
+        "authenticity.train.steps=100",
+        "finetune.strategy.window=3",
+        "finetune.batches=40",
+        "finetune.optim.lr=3e-5",
+        "finetune.weights.foot_sliding=0",
     ),
-    "humanml3d": (),
+    "humanml3d": ("prepare.families=[]",),
 }
 DIGITS = {"fid": 2, "jerk": 1, "bone_drift": 4}
 
