@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a defect (with traceback), 2 something the user can correc
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -26,10 +27,16 @@ VERBS = {
     "generate": ("motionrft.cli.generate", "captions -> motions"),
     "evaluate": ("motionrft.cli.evaluate", "score generators on a split, with intervals"),
     "report": ("motionrft.cli.report", "one HTML page of a run folder"),
-    "import": ("motionrft.cli.convert", "released weights -> a model folder"),
     "quickstart": ("motionrft.cli.quickstart_verb", "all of the above, small, on this machine"),
     "bench": ("motionrft.cli.bench", "measure: memory, convert, ingest"),
     "doctor": ("motionrft.cli.doctor", "what is installed, what is missing, what provides it"),
+}
+
+_DISK = {
+    errno.ENOSPC: "the disk is full: free some space, or choose another folder; --resume continues from what is whole",
+    errno.EDQUOT: "the disk quota is used up: free some space, or choose another folder; --resume continues",
+    errno.EROFS: "the folder is on a read-only disk: choose another one",
+    errno.EACCES: "no permission to write or read here: choose another folder, or change its owner",
 }
 
 
@@ -56,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"\nmotionrft {options.verb}: {type(error).__name__}\n  {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if debug or error.errno not in _DISK:
+            raise
+        print(f"\nmotionrft {options.verb}: {_DISK[error.errno]}\n  {error}", file=sys.stderr)
         return 2
     finally:
         logging.shutdown()

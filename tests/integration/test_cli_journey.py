@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -128,6 +129,37 @@ def test_a_pickle_or_a_foreign_checkpoint_is_not_opened(tmp_path: Path) -> None:
         load_generator(tmp_path / "model.pt")
     with pytest.raises(CheckpointError):
         load_generator(tmp_path)
+
+
+def test_a_full_disk_is_named_and_other_faults_are_not_hidden(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.0}\n')
+
+    def fail(number: int) -> None:
+        def write(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("motionrft.cli.report.write_report", write)
+
+    fail(errno.ENOSPC)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    fail(errno.EIO)
+    with pytest.raises(OSError, match="Input/output"):
+        main(["report", str(tmp_path)])
+
+
+def test_curves_go_to_tensorboard_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = tmp_path / "run" / "pretrain"
+    stage.mkdir(parents=True)
+    (stage / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.0}\n{"step": 2, "loss/total": 1.0}\n')
+    command = ["report", str(tmp_path / "run"), "--tensorboard", str(tmp_path / "logs")]
+    assert main(command) == 0
+    events = next((tmp_path / "logs" / "pretrain").glob("events.*")).read_bytes()
+    assert events.count(b"loss/total") == 2
+    assert main(command) == 2 and "twice" in capsys.readouterr().err
 
 
 def test_show_plan_draws_strips_without_data(capsys: pytest.CaptureFixture[str]) -> None:
