@@ -19,8 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (about two minutes; torch is the big download)"
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "motionrft needs Python 3.11 or newer, this is " + sys.version'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[quickstart,viz,tracking,dev]'
+	$(BIN)/pip install -q --no-compile --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(BIN)/pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[quickstart,viz,tracking,dev]'
 	@touch $@
 
 quickstart: setup
