@@ -409,8 +409,8 @@ def notes(plan: Plan) -> list[str]:
     weights = yaml.safe_dump(dict(plan.config.finetune.weights), default_flow_style=True).strip()
     lines = [
         f"Reward weights of EasyTune: {weights}. Row 'paper weights' uses {PAPER_WEIGHTS}.",
-        "The length of pre-training is part of the preset. It was chosen on validation clips, among bases that had been "
-        "fine-tuned there: read the gain together with the control and the longer base.",
+        "The length of pre-training is part of the preset, chosen on validation clips among bases that were fine-tuned "
+        "there: read the gain together with the control and the longer base.",
         "Motions were chosen by class name, not by looking at them.",
     ]
     for name in ("preference", "authenticity"):
