@@ -14,6 +14,7 @@ from data_prep.sources.synthetic import SyntheticConfig, SyntheticSource, make_m
 from data_prep.sources.synthetic_body import Body, forward
 from data_prep.sources.synthetic_captions import all_captions, draw_captions
 from data_prep.sources.synthetic_classes import FAMILIES, ActionClass, all_classes
+from data_prep.sources.synthetic_styles import STYLES
 from motionrft.core.errors import ConfigError, DataError
 from motionrft.core.rng import numpy_rng
 from motionrft.evaluation.quality import clip_quality
@@ -195,6 +196,23 @@ def test_directions_sides_and_angles_are_what_the_class_says():
         kick = motion("kick|left|forward", index)
         assert kick[:, JOINT["left_foot"], 1].max() > 0.3 and kick[:, JOINT["right_foot"], 1].max() < 0.02
         assert motion("sit|slow", index)[-1, 0, 1] < 0.7 < motion("stand|slow", index)[-1, 0, 1]
+
+
+def test_styles_are_seen_in_the_posture_and_leave_the_feet_alone():
+    wrists, shoulders = [JOINT["left_wrist"], JOINT["right_wrist"]], [JOINT["left_shoulder"], JOINT["right_shoulder"]]
+    for family in ("walk", "run", "march"):
+        for index in range(3):
+            found = {style: motion(f"{family}|{style}", index) for style in STYLES}
+            reach = {s: (j[:, wrists, 1] - j[:, shoulders, 1]).mean() for s, j in found.items()}
+            assert reach["arms_up"] > 0.25 and abs(reach["arms_spread"]) < 0.15 and reach["tired"] < -0.1
+            head = {s: j[:, JOINT["head"], 1].mean() for s, j in found.items()}
+            assert head["tired"] < head["proud"] - 0.08
+            hips = np.linalg.norm(found["hands_on_hips"][:, wrists] - found["hands_on_hips"][:, :1], axis=-1)
+            assert hips.mean() < 0.45
+            across = {s: (j[:, JOINT["head"], 0] - j[:, 0, 0]).std() for s, j in found.items()}
+            assert across["drunk"] > 1.5 * across["proud"]
+            toes = [j[:, JOINT["left_foot"], 1] for j in found.values()]
+            assert max(np.abs(t - toes[0]).max() for t in toes) < 0.02
 
 
 def test_counts_are_countable_in_the_middle_sixty_frames():
