@@ -26,7 +26,7 @@ def generate(
     """Return physical motions (B, T, D) with T the largest length, zeros beyond each length.
 
     Noise depends on (seed, sample key, step) only, so splitting, ordering or padding the clips changes nothing but
-    rounding; clips of similar length therefore share a batch, which saves a fifth of the padding. The network runs in
+    rounding; clips of similar length therefore share a batch, which saves work on padding. The network runs in
     eval mode and is left in the mode it was in.
 
     Args:
