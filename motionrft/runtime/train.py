@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from motionrft.runtime.collective import TorchCollective
 from motionrft.runtime.deepspeed_engine import DeepSpeedEngine
 from motionrft.runtime.session import ray_session, worker_environment
 from motionrft.training.optim import OptimConfig
-from motionrft.training.stages import Stage, check_stages, read_json, results, run_stages, write_json
+from motionrft.training.stages import RECORD, Stage, check_stages, read_json, results, run_stages, write_json
 
 _LOG = logging.getLogger(__name__)
 _REFUSED = "REFUSED.json"
@@ -103,13 +106,36 @@ def run_on_ray(
             ),
         )
         try:
-            trainer.fit()
+            with _interruptible(stages, folder):
+                trainer.fit()
         except TrainingFailedError as error:
             raise _own_error(error, folder) from error
     refused = read_json(folder / _REFUSED)
     if refused is not None:
         raise _rebuild(refused)
     return results(stages, folder)
+
+
+@contextmanager
+def _interruptible(stages: Sequence[Stage], folder: Path) -> Iterator[None]:
+    """Turn Ray Train's answer to Ctrl-C into a KeyboardInterrupt that says what is kept.
+
+    Its handler aborts the workers and leaves by `sys.exit`, which no one would report; and it stays installed after
+    `fit`, where it would end whatever comes next without a word.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    former = signal.getsignal(signal.SIGINT) if in_main else None
+    try:
+        yield
+    except SystemExit:
+        kept = [stage.name for stage in stages if read_json(folder / stage.name / RECORD) is not None]
+        raise KeyboardInterrupt(
+            f"finished stages kept: {', '.join(kept) or 'none'}; others continue from their last checkpoint. "
+            f"Run the same command with --resume to go on in {folder}."
+        ) from None
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, former)
 
 
 def _torch_config(hardware: HardwareConfig) -> TorchConfig:

@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -190,3 +192,26 @@ def test_the_wheel_carries_profiles_presets_and_the_doctor(tmp_path: Path) -> No
         [sys.executable, "-c", code, str(target)], cwd=empty, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0 and "gpu8" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["== prepare", "step "], ids=["while preparing", "in a training stage"])
+def test_ctrl_c_on_ray_says_so_and_the_same_command_with_resume_goes_on(tmp_path: Path, moment: str) -> None:
+    command = [sys.executable, "-m", "motionrft.cli.main", "quickstart", "--preset", "smoke", "--run-dir", "run"]
+    log = tmp_path / "log.txt"
+
+    def run_until(moment: str, *options: str) -> tuple[int, str]:
+        with log.open("w") as handle:
+            process = subprocess.Popen(
+                [*command, *options], cwd=tmp_path, env=ENVIRONMENT, stdout=handle, stderr=subprocess.STDOUT
+            )
+        deadline = time.monotonic() + 120
+        while moment not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        return process.wait(60), log.read_text()
+
+    code, said = run_until(moment)
+    assert (code, "stopped: " in said, "Traceback" in said) == (130, True, False), said[-2000:]
+    code, said = run_until("== pairs", "--resume")
+    assert code == 130 and "== pairs" in said, said[-2000:]
