@@ -160,7 +160,11 @@ class Collective(Protocol):
         ...
 
     def gather(self, value_B: Tensor) -> Tensor:
-        """Concatenate over ranks along dim 0 with gradient to the local rows."""
+        """Concatenate over ranks along dim 0. Backward: the sum over ranks of what their losses want of the local rows.
+
+        With an engine that averages gradients over ranks, a loss of the gathered rows that every rank computes whole
+        then has the gradient one process would have: callers scale nothing.
+        """
         ...
 
     def all_true(self, flag: bool) -> bool:

@@ -89,6 +89,17 @@ class MotionBatch:
             keys_B=self.keys_B[rows],
         )
 
+    def parts(self, count: int) -> list[MotionBatch]:
+        """Return the rows in `count` equal parts.
+
+        Raises:
+            ValueError: if the rows do not divide evenly.
+        """
+        size, rest = divmod(len(self), count)
+        if rest:
+            raise ValueError(f"{len(self)} rows do not divide into {count} equal parts")
+        return [self.slice(i * size, (i + 1) * size) for i in range(count)] if count > 1 else [self]
+
     def to(self, device: torch.device | str) -> MotionBatch:
         """Return a copy on `device`."""
         return replace(

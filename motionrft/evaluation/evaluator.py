@@ -240,14 +240,8 @@ class EvaluatorObjective(nn.Module):
         return value_B if self.collective is None else self.collective.gather(value_B)
 
     def _gather(self, local: Tensor) -> Tensor:
-        """Return the rows of all ranks; gradient reaches the local ones.
-
-        The engine divides the sum of these gradients by the number of ranks, hence the factor in front.
-        """
-        if self.collective is None or self.collective.world == 1:
-            return local
-        fixed = local.detach()
-        return self.collective.gather(fixed + self.collective.world * (local - fixed))
+        """Return the rows of all ranks, with gradient to the local ones."""
+        return local if self.collective is None or self.collective.world == 1 else self.collective.gather(local)
 
 
 def describe(config: EvaluatorConfig) -> dict[str, object]:

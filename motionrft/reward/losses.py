@@ -122,6 +122,31 @@ def info_nce(
     return (rows + columns) * (0.5 if reduction == "mean" else 1.0)
 
 
+def spl_loss(winner_B: Tensor, loser_B: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return KL((1, 0) || softmax((winner, loser) / temperature)) per row, (B,): Eq. 13 for a wrong retrieval.
+
+    Where retrieval was right winner and loser are one motion, target and prediction are (1/2, 1/2), and both loss and
+    gradient are exactly zero: such rows are left out by the caller.
+    """
+    return softplus((loser_B - winner_B) / temperature)
+
+
+def hard_negatives(sims_QN: Tensor, own_Q: Tensor, blocked_QN: Tensor, k: int) -> Tensor:
+    """Return the best-ranked wrong motion of each query, (Q,) int64; -1 where its own motion is among the top k.
+
+    Args:
+        sims_QN: rewards of all motions of the bank, row = caption.
+        own_Q: the query's own motion (column).
+        blocked_QN: motions that are neither right nor wrong: other views of the clip, equal captions.
+        k: ranks that count as right (Eqs. 11 and 12).
+    """
+    own = sims_QN.gather(1, own_Q[:, None])
+    wrong = sims_QN.masked_fill(blocked_QN, float("-inf")).scatter(1, own_Q[:, None], float("-inf"))
+    best, column = wrong.max(dim=1)
+    found = ((wrong > own).sum(1) >= k) & (best > float("-inf"))
+    return torch.where(found, column, -1)
+
+
 def preference_loss(preferred_B: Tensor, rejected_B: Tensor) -> Tensor:
     """Return -ln sigmoid(preferred - rejected) per pair, (B,)."""
     return softplus(rejected_B - preferred_B)

@@ -78,6 +78,60 @@ class SemanticConfig:
         )
 
 
+@dataclass(frozen=True)
+class SplConfig:
+    """Self-refinement preference learning (Eqs. 11-13): the right motion against the best-ranked wrong one."""
+
+    weight: float = 1e-2
+    """Of the loss, beside the terms of stage 1 (published code)."""
+    temperature: float = 0.1
+    """Of the two rewards' softmax: 1 is the paper, 0.01 what the published code does in effect."""
+    k: int = 10
+    """A caption whose own motion is among its k nearest is right and adds nothing."""
+    mode: str = "bank"
+    """ "bank" mines over all training motions (paper), "in_batch" over the global batch (published code)."""
+    refresh_every: int = 200
+    """Batches between two minings of the bank."""
+
+    def __post_init__(self) -> None:
+        """Report every contradiction at once."""
+        check(
+            (self.weight >= 0, "weight must not be negative"),
+            (self.temperature > 0, "temperature must be positive"),
+            (self.k >= 1, "k must be at least 1"),
+            (self.mode in ("bank", "in_batch"), "mode must be 'bank' or 'in_batch'"),
+            (self.refresh_every >= 1, "refresh_every must be at least 1"),
+            where="reward.spl",
+        )
+
+
+@dataclass(frozen=True)
+class Relations:
+    """What decides which rows of a batch count as negatives of each other."""
+
+    pooled_BE: Tensor  # (B, E) sentence embeddings
+    class_ids_B: Tensor  # (B,) int64 semantic class, -1 = unknown
+    keys_B: Tensor  # (B,) int64 clip keys
+
+    @classmethod
+    def of(cls, batch: MotionBatch) -> Relations:
+        """Return those of a batch."""
+        return cls(batch.text.pooled_BD, batch.class_ids_B, batch.keys_B)
+
+
+@dataclass(frozen=True)
+class LoserMotions:
+    """Hard negatives of some rows of a batch, in one representation."""
+
+    rows: Tensor  # (H,) int64: whose hard negative each is
+    motion_HTD: Tensor  # physical motion
+    lengths_H: Tensor  # (H,) int64
+    keys_H: Tensor  # (H,) int64 clip keys
+
+
+Losers = Mapping[str, LoserMotions]
+
+
 class SemanticObjective(nn.Module):
     """Stage 1: reconstruction, KL, latent and contrastive terms per representation, plus their mutual alignment.
 
@@ -89,8 +143,9 @@ class SemanticObjective(nn.Module):
         normalizers: one per representation of the backbone.
         config: weights and choices.
         seed: of noise and latent samples.
-        collective: gathers embeddings of all ranks for the contrastive terms; its gather passes each rank's gradient
-            to that rank's rows, and the engine averages gradients over ranks. None = one process.
+        collective: gathers embeddings of all ranks for the contrastive terms; the backward of its gather sums over
+            ranks what each rank's (whole) loss wants of the local rows, and the engine averages. None = one process.
+        spl: self-refinement on top of stage 1; None = stage 1 alone.
     """
 
     def __init__(
@@ -100,8 +155,10 @@ class SemanticObjective(nn.Module):
         config: SemanticConfig,
         seed: int,
         collective: Collective | None = None,
+        spl: SplConfig | None = None,
     ) -> None:
         super().__init__()
+        self.spl = spl
         if backbone.config.time_token != "always":
             raise ConfigError(
                 explain("time_token 'always'", "'none_when_clean'", "SemanticObjective", "It is for imported weights.")
@@ -114,15 +171,14 @@ class SemanticObjective(nn.Module):
             backbone.decoder.requires_grad_(False)
 
     @staticmethod
-    def inputs(batch: MotionBatch, step: int) -> dict[str, object]:
+    def inputs(batch: MotionBatch, step: int) -> dict[str, Any]:
         """Return the keyword arguments of `forward` for a batch."""
         return {
             "motions": {str(r): m for r, m in batch.motions.items()},
             "lengths_B": batch.lengths_B,
             "tokens_BLE": batch.text.tokens_BLD,
             "text_mask_BL": batch.text.mask_BL,
-            "pooled_BE": batch.text.pooled_BD,
-            "class_ids_B": batch.class_ids_B,
+            "relations": Relations.of(batch),
             "keys_B": batch.keys_B,
             "step": step,
         }
@@ -133,12 +189,28 @@ class SemanticObjective(nn.Module):
         lengths_B: Tensor,
         tokens_BLE: Tensor,
         text_mask_BL: Tensor,
-        pooled_BE: Tensor,
-        class_ids_B: Tensor,
+        relations: Relations,
         keys_B: Tensor,
         step: int,
-    ) -> tuple[Tensor, Metrics]:
-        """Return (loss, metrics), 0-d each. `motions` holds physical motion (B, T, D) of every representation."""
+        losers: Losers | None = None,
+        latent_gradient: Tensor | None = None,
+        embed_only: bool = False,
+    ) -> Any:
+        """Return (loss, metrics), 0-d each. `motions` holds physical motion (B, T, D) of every representation.
+
+        Args:
+            motions: representation -> physical motion.
+            lengths_B: int64 lengths.
+            tokens_BLE: caption tokens.
+            text_mask_BL: their mask.
+            relations: what decides which rows are negatives of each other.
+            keys_B: sample keys of noise and latents.
+            step: batch index.
+            losers: hard negatives of self-refinement, mined over the bank.
+            latent_gradient: (B, K, d) gradient of the batch-coupled losses with respect to what `embed_only` returned
+                for these rows: it replaces those losses (see `training.recipes.reward.learn_in_parts`).
+            embed_only: return the (B, K, d) latents that the batch-coupled losses read, and nothing else.
+        """
         net, cfg, names = self.backbone, self.config, self.backbone.config.representations
         num_frames = _common_frames(motions, names)
         mask_BT = valid_mask(lengths_B, num_frames)
@@ -150,34 +222,137 @@ class SemanticObjective(nn.Module):
         text = net.text(tokens_BLE, text_mask_BL)
         z_text = self._latent(text, keys_B, "text", step)
         z = {n: self._latent(motion[n], keys_B, n, step) for n in names}
+        in_batch = self.spl is not None and self.spl.mode == "in_batch"
+        means = [text[0], *(motion[n][0] for n in names)] if in_batch else []
+        latents = torch.stack([z_text, *(z[n] for n in names), *means], dim=1)
+        if embed_only:
+            return latents
 
+        with _full_precision(latents):
+            loss, metrics = self._local(clean, motion, text, z, z_text, lengths_B, mask_BT)
+            if self.spl is not None and losers is not None:
+                refined, found = self._refine(motion, text, t_B, losers, step)
+                loss, metrics = loss + self.spl.weight * refined, metrics | found
+            if latent_gradient is None:
+                coupled, found = self.coupled(latents, relations)
+                loss, metrics = loss + coupled, metrics | found
+            else:
+                loss = loss + (latents.float() * latent_gradient).sum()
+        metrics["loss/total"] = loss.detach()
+        return loss, metrics
+
+    def coupled(self, latents_BKd: Tensor, relations: Relations) -> tuple[Tensor, Metrics]:
+        """Return the losses that see the global batch, weighted and summed, with metrics. Collective.
+
+        Args:
+            latents_BKd: what `forward(embed_only=True)` returned for this rank's rows.
+            relations: of the same rows.
+        """
+        cfg, names = self.config, self.backbone.config.representations
+        blocked_GG, same_clip_GG = self._blocked(relations)
+        everyone = latents_BKd.float()
+        if self.collective is not None and self.collective.world > 1:
+            everyone = self.collective.gather(everyone)
+        z_text, z = everyone[:, 0], {n: everyone[:, i + 1] for i, n in enumerate(names)}
+        metrics: Metrics = {}
+        terms = []
+        for n in names:
+            cl = losses.info_nce(z_text, z[n], cfg.temperature, blocked_GG).mean()
+            terms.append(cfg.cl * cl)
+            metrics[f"loss/{n}/cl"] = cl.detach()
+            metrics[f"retrieval/{n}/batch_top1"] = batch_top1(z_text.detach(), z[n].detach(), blocked_GG)
+        loss = torch.stack(terms).mean()
+        if cfg.cra > 0 and len(names) > 1:
+            pairs = [
+                losses.info_nce(z[a], z[b], cfg.temperature, same_clip_GG).mean()
+                for a, b in itertools.combinations(names, 2)
+            ]
+            alignment = torch.stack(pairs).mean()
+            loss = loss + cfg.cra * cfg.cra_cl * alignment
+            metrics["loss/cra/cl"] = alignment.detach()
+        if self.spl is not None and self.spl.mode == "in_batch":
+            means = everyone[:, len(names) + 1 :]
+            refined, found = self._refine_in_batch(means, blocked_GG)
+            loss, metrics = loss + self.spl.weight * refined, metrics | found
+        return loss, metrics
+
+    def _local(
+        self,
+        clean: Mapping[str, Tensor],
+        motion: Mapping[str, Posterior],
+        text: Posterior,
+        z: Mapping[str, Tensor],
+        z_text: Tensor,
+        lengths_B: Tensor,
+        mask_BT: Tensor,
+    ) -> tuple[Tensor, Metrics]:
+        """Return what is a mean over rows: reconstruction, KL, latent distance and the alignment's part of these."""
+        cfg, names = self.config, self.backbone.config.representations
         parts = {n: _latent_terms(motion[n], text, z[n], z_text) for n in names}
         if cfg.rec > 0:
             for n, rec_B in self._reconstruct(clean, z, z_text, lengths_B, mask_BT).items():
                 parts[n]["rec"] = rec_B
-        blocked_GG, same_clip_GG = self._blocked(pooled_BE, class_ids_B, keys_B)
-        everyone = self._gather(torch.stack([z_text, *(z[n] for n in names)], dim=1))
-        z_text_G, z_G = everyone[:, 0], {n: everyone[:, i + 1] for i, n in enumerate(names)}
-
-        losses_by_name: list[Tensor] = []
+        terms: list[Tensor] = []
         metrics: Metrics = {}
         for n in names:
-            terms = {k: v.mean() for k, v in parts[n].items()}
-            terms["cl"] = losses.info_nce(z_text_G, z_G[n], cfg.temperature, blocked_GG).mean()
-            losses_by_name.append(torch.stack([getattr(cfg, k) * v for k, v in terms.items()]).sum())
-            metrics |= {f"loss/{n}/{k}": v.detach() for k, v in terms.items()}
-            metrics[f"retrieval/{n}/batch_top1"] = batch_top1(z_text_G.detach(), z_G[n].detach(), blocked_GG)
-        loss = torch.stack(losses_by_name).mean()
+            means = {k: v.mean() for k, v in parts[n].items()}
+            terms.append(torch.stack([getattr(cfg, k) * v for k, v in means.items()]).sum())
+            metrics |= {f"loss/{n}/{k}": v.detach() for k, v in means.items()}
+        loss = torch.stack(terms).mean()
         if cfg.cra > 0 and len(names) > 1:
             pairs = [
-                self._align(motion[a], motion[b], z[a], z[b], z_G[a], z_G[b], same_clip_GG)
+                alignment_terms(motion[a], motion[b], z[a], z[b], cfg.divergence)
                 for a, b in itertools.combinations(names, 2)
             ]
-            alignment = torch.stack(pairs).mean()
-            loss = loss + cfg.cra * alignment
-            metrics["loss/cra"] = alignment.detach()
-        metrics["loss/total"] = loss.detach()
+            lat, divergence = (torch.stack(x).mean() for x in zip(*pairs, strict=True))
+            loss = loss + cfg.cra * (cfg.cra_lat * lat + cfg.cra_divergence * divergence)
+            metrics |= {"loss/cra/lat": lat.detach(), "loss/cra/divergence": divergence.detach()}
         return loss, metrics
+
+    def _refine(
+        self, motion: Mapping[str, Posterior], text: Posterior, t_B: Tensor, losers: Losers, step: int
+    ) -> tuple[Tensor, Metrics]:
+        """Return the self-refinement loss against mined motions, averaged over all rows and representations.
+
+        A loser gets the time of its query and noise of its own: the two motions differ by content alone.
+        """
+        assert self.spl is not None
+        terms, metrics = [], {}
+        for n, found in losers.items():
+            batch = len(t_B)
+            if len(found.rows):
+                mask_HT = valid_mask(found.lengths_H, found.motion_HTD.shape[1])
+                clean = _normalised(self.normalizers[n], found.motion_HTD, mask_HT)
+                t_H = t_B[found.rows]
+                noisy = noised(clean, found.lengths_H, t_H, found.keys_H, n, "loser", self.seed, step)
+                mu_l, _ = self.backbone.motion(noisy, found.lengths_H, n, t_H)
+                r_w = losses.cosine(text[0][found.rows], motion[n][0][found.rows])
+                r_l = losses.cosine(text[0][found.rows], mu_l)
+                terms.append(losses.spl_loss(r_w.float(), r_l.float(), self.spl.temperature).sum() / batch)
+                metrics[f"spl/{n}/gap"] = (r_w - r_l).detach().mean()
+            else:
+                terms.append(text[0].sum() * 0.0)
+                metrics[f"spl/{n}/gap"] = text[0].new_zeros(())
+            metrics[f"spl/{n}/wrong"] = text[0].new_tensor(len(found.rows) / batch)
+        loss = torch.stack(terms).mean()
+        return loss, metrics | {"loss/spl": loss.detach()}
+
+    def _refine_in_batch(self, means_GRd: Tensor, blocked_GG: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the self-refinement loss with the global batch as the bank."""
+        assert self.spl is not None
+        text, names = means_GRd[:, 0], self.backbone.config.representations
+        terms, metrics = [], {}
+        for i, n in enumerate(names):
+            sims = torch.nn.functional.normalize(text, dim=-1)
+            sims = sims @ torch.nn.functional.normalize(means_GRd[:, i + 1], dim=-1).T
+            own = torch.arange(len(sims), device=sims.device)
+            worst = losses.hard_negatives(sims.detach(), own, blocked_GG, self.spl.k)
+            r_l = sims.gather(1, worst.clamp(min=0)[:, None])[:, 0]
+            loss_G = losses.spl_loss(sims.diagonal(), r_l, self.spl.temperature)
+            terms.append(torch.where(worst >= 0, loss_G, 0.0).mean())
+            metrics[f"spl/{n}/wrong"] = (worst >= 0).float().mean()
+        loss = torch.stack(terms).mean()
+        return loss, metrics | {"loss/spl": loss.detach()}
 
     def _reconstruct(
         self, clean: Mapping[str, Tensor], z: Mapping[str, Tensor], z_text: Tensor, lengths_B: Tensor, mask_BT: Tensor
@@ -193,15 +368,6 @@ class SemanticObjective(nn.Module):
             terms[n] = valid_B if self.config.mask_recon else valid_B * (lengths_B / num_frames)
         return terms
 
-    def _align(
-        self, post_a: Posterior, post_b: Posterior, z_a: Tensor, z_b: Tensor, z_aG: Tensor, z_bG: Tensor, same: Tensor
-    ) -> Tensor:
-        cfg = self.config
-        lat, divergence, cl = alignment_terms(
-            post_a, post_b, z_a, z_b, z_aG, z_bG, cfg.temperature, cfg.divergence, same
-        )
-        return cfg.cra_lat * lat.mean() + cfg.cra_divergence * divergence.mean() + cfg.cra_cl * cl.mean()
-
     def _latent(self, posterior: Posterior, keys_B: Tensor, stream: str, step: int) -> Tensor:
         mu, logvar = posterior
         if not self.config.sample_latent:
@@ -209,24 +375,16 @@ class SemanticObjective(nn.Module):
         noise = keyed_normal(keys_B, tuple(mu.shape[1:]), "reward-latent", stream, self.seed, step).to(mu.dtype)
         return mu + torch.exp(0.5 * logvar.clamp(*losses.LOGVAR_RANGE)) * noise
 
-    def _blocked(self, pooled_BE: Tensor, class_ids_B: Tensor, keys_B: Tensor) -> tuple[Tensor, Tensor]:
-        pooled, classes, keys = pooled_BE, class_ids_B, keys_B
+    def _blocked(self, relations: Relations) -> tuple[Tensor, Tensor]:
+        """Return (pairs that are no negatives, other views of the same clip), each (G, G) bool."""
+        pooled, classes, keys = relations.pooled_BE, relations.class_ids_B, relations.keys_B
         if self.collective is not None:
             with torch.no_grad():
-                pooled, classes, keys = (self.collective.gather(x) for x in (pooled_BE, class_ids_B, keys_B))
+                pooled, classes, keys = (self.collective.gather(x) for x in (pooled, classes, keys))
         same_clip = losses.blocked_negatives(len(keys), keys_B=keys)
         masked_classes = None if self.config.same_class_is_negative else classes
         blocked = losses.blocked_negatives(len(keys), pooled, self.config.threshold, masked_classes)
         return blocked | same_clip, same_clip
-
-    def _gather(self, local: Tensor) -> Tensor:
-        """Return the rows of all ranks. Each rank's loss is the global one but its gradient reaches its own rows only.
-
-        The engine divides the sum of these gradients by the number of ranks, hence the factor in front.
-        """
-        if self.collective is None or self.collective.world == 1:
-            return local
-        return self.collective.gather(scale_gradient(local, float(self.collective.world)))
 
 
 def _latent_terms(motion: Posterior, text: Posterior, z: Tensor, z_text: Tensor) -> Metrics:
@@ -244,23 +402,11 @@ def reconstruction(clean: Tensor, from_motion: Tensor, from_text: Tensor, mask_B
 
 
 def alignment_terms(
-    post_a: Posterior,
-    post_b: Posterior,
-    z_a: Tensor,
-    z_b: Tensor,
-    z_aG: Tensor,
-    z_bG: Tensor,
-    temperature: float,
-    divergence: str,
-    blocked_GG: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (latent distance, divergence, InfoNCE) per sample of two representations of the same clips."""
+    post_a: Posterior, post_b: Posterior, z_a: Tensor, z_b: Tensor, divergence: str
+) -> tuple[Tensor, Tensor]:
+    """Return (latent distance, divergence), 0-d each, of two representations of the same clips."""
     measure = losses.jeffreys if divergence == "jeffreys" else losses.jensen_shannon
-    return (
-        losses.smooth_l1(z_a, z_b),
-        measure(*post_a, *post_b),
-        losses.info_nce(z_aG, z_bG, temperature, blocked_GG),
-    )
+    return losses.smooth_l1(z_a, z_b).mean(), measure(*post_a, *post_b).mean()
 
 
 @dataclass(frozen=True)
@@ -364,27 +510,11 @@ class AuthenticityObjective(_AdapterObjective):
         return loss, metrics
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.factor, None
-
-
 def batch_top1(text_BE: Tensor, motion_BE: Tensor, blocked_BB: Tensor) -> Tensor:
     """Return the fraction of captions whose own motion is nearest among the batch's allowed motions, 0-d."""
     logits = torch.nn.functional.normalize(text_BE, dim=-1) @ torch.nn.functional.normalize(motion_BE, dim=-1).T
     best = logits.masked_fill(blocked_BB, float("-inf")).argmax(1)
     return (best == torch.arange(len(best), device=best.device)).float().mean()
-
-
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Return x, whose gradient is multiplied by `factor` on the way back."""
-    return _ScaleGradient.apply(x, factor)
 
 
 def _encode_all(tower: Any, motions: Mapping[str, Tensor], lengths_B: Tensor, t_B: Tensor) -> dict[str, Posterior]:
@@ -423,3 +553,7 @@ def _common_frames(motions: Mapping[str, Tensor], representations: tuple[str, ..
 
 def _normalised(normalizer: MotionScale, motion_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     return torch.where(mask_BT[..., None], normalizer.normalise(motion_BTD), 0.0)
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)

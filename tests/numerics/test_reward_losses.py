@@ -105,7 +105,8 @@ def test_same_class_and_same_clip_are_blocked_but_unknown_classes_and_the_diagon
 def test_alignment_of_equal_posteriors_is_the_contrastive_part_alone() -> None:
     eye = torch.eye(2)
     post = (eye, torch.zeros(2, 2))
-    lat, divergence, cl = (p.mean() for p in alignment_terms(post, post, eye, eye, eye, eye, 0.1, "jeffreys", None))
+    lat, divergence = alignment_terms(post, post, eye, eye, "jeffreys")
+    cl = losses.info_nce(eye, eye, 0.1).mean()
     assert (lat.item(), divergence.item()) == (0.0, 0.0)
     assert 0.1 * cl.item() == pytest.approx(0.1 * 4.5399e-5, abs=1e-7)
 
@@ -179,3 +180,25 @@ def test_low_rank_update_by_hand_on_a_linear_layer_and_on_a_site() -> None:
         layer.lora_A["a"].weight.data = torch.tensor([[1.0, 2.0]])
         layer.lora_B["a"].weight.data = torch.tensor([[3.0], [4.0]])
         assert layer(torch.ones(1, 2)).tolist() == [[19.0, 25.0]]
+
+
+def test_spl_pulls_only_wrong_retrievals_and_stays_finite() -> None:
+    winner, loser = torch.tensor([0.2, -0.8]), torch.tensor([0.6, 0.8])
+    assert losses.spl_loss(winner, loser).tolist()[0] == pytest.approx(0.9130152)
+    sharp = losses.spl_loss(winner, loser, 0.01)
+    assert sharp.tolist() == pytest.approx([40.0, 160.0])
+    # Eq. 13 written out: KL of (1, 0) against the softmax of both rewards
+    want = -torch.log_softmax(torch.stack([winner, loser], 1), 1)[:, 0]
+    assert torch.allclose(losses.spl_loss(winner, loser), want)
+
+
+def test_hard_negative_is_the_best_wrong_motion_of_a_caption_that_misses_its_own() -> None:
+    sims = torch.tensor([[0.2, 0.6], [0.1, 0.9]])
+    own, none = torch.tensor([0, 1]), torch.zeros(2, 2, dtype=torch.bool)
+    assert losses.hard_negatives(sims, own, none, 1).tolist() == [1, -1]
+    assert losses.hard_negatives(sims, own, none, 2).tolist() == [-1, -1]
+    assert losses.hard_negatives(sims, own, torch.tensor([[False, True], [False, False]]), 1).tolist() == [-1, -1]
+    wide = torch.tensor([[0.5, 0.9, 0.8, 0.7]])
+    blocked = torch.tensor([[False, True, False, False]])
+    assert losses.hard_negatives(wide, torch.tensor([0]), blocked, 2).tolist() == [2]
+    assert losses.hard_negatives(wide, torch.tensor([0]), blocked, 3).tolist() == [-1]  # own is third of what counts

@@ -161,45 +161,6 @@ def test_one_class_offers_no_negatives(untrained: Evaluator, train: Toy):
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
 
 
-class TwoRanks:
-    """Stands in for a process group of two: the other rank's rows are those it recorded in an earlier pass."""
-
-    world = 2
-
-    def __init__(self, rank: int, recorded: list[torch.Tensor] | None) -> None:
-        self.rank, self.recorded, self.seen = rank, recorded, []
-
-    def gather(self, value_B: torch.Tensor) -> torch.Tensor:
-        self.seen.append(value_B.detach())
-        other = value_B.detach() if self.recorded is None else self.recorded[len(self.seen) - 1]
-        return torch.cat([value_B, other] if self.rank == 0 else [other, value_B])
-
-
-def test_two_ranks_compute_the_loss_and_gradient_of_the_joint_batch(untrained: Evaluator, train: Toy):
-    rows = torch.arange(0, 480, 20)
-    alone = EvaluatorObjective(untrained).eval()
-    weights = list(alone.parameters())
-    inputs = forward_inputs(alone, train, rows, 0)
-    whole, _ = alone(**inputs)
-    expected = torch.autograd.grad(whole, weights)
-
-    def run(rank: int, recorded: list[torch.Tensor] | None) -> tuple[torch.Tensor, TwoRanks, EvaluatorObjective]:
-        group = TwoRanks(rank, recorded)
-        objective = EvaluatorObjective(untrained, group).eval()
-        part = slice(12 * rank, 12 * rank + 12)
-        loss, _ = objective(**{k: v[part] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
-        return loss, group, objective
-
-    seen = [run(rank, None)[1].seen for rank in (0, 1)]
-    grads = []
-    for rank in (0, 1):
-        loss, _, objective = run(rank, seen[1 - rank])
-        assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
-        grads.append(torch.autograd.grad(loss, list(objective.parameters())))
-    for want, first, second in zip(expected, *grads, strict=True):
-        torch.testing.assert_close((first + second) / 2, want, rtol=1e-3, atol=1e-6)
-
-
 def test_an_evaluator_survives_the_disk_and_notices_changed_files(trained: Evaluator, val: Toy, tmp_path):
     card = make_card(trained, "toy", 20.0, ["b", "a"], {"fid_floor": 1.0})
     save_evaluator(tmp_path / "e", trained, card)

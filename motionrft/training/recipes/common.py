@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,12 @@ from motionrft.data.tables import ClipTable, TextTable
 from motionrft.representations.normalize import Normalizer
 from motionrft.training.checkpoint import Card, CheckpointStore
 from motionrft.training.ema import Ema
-from motionrft.training.loop import LoopResult, run_loop
+from motionrft.training.loop import LoopResult, Stateful, run_loop
 from motionrft.training.metrics import MetricsWriter
 from motionrft.training.optim import OptimConfig
 
-Loss = tuple[Tensor, Mapping[str, Tensor]]
+Learn = Callable[[Engine, Any, int], Mapping[str, Tensor]]
+"""(engine, batch, step) -> metrics: everything between a batch and the engine's step, backward included."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class TrainConfig:
     """Batches."""
     batch_size: int = 64
     """Clips per batch over all workers."""
+    micro_batches: int = 1
+    """Parts a worker takes its share of a batch in: same gradient, less memory. Batch-coupled losses embed it twice."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """AdamW; its total_steps is filled in with `steps`."""
     ema_decay: float = 0.0
@@ -59,7 +62,8 @@ class TrainConfig:
         problems = [
             f"{name} must be at least {low}, got {getattr(self, name)}"
             for name, low in (
-                ("steps", 1), ("batch_size", 1), ("log_every", 1), ("checkpoint_every", 1), ("validate_every", 0),
+                ("steps", 1), ("batch_size", 1), ("micro_batches", 1), ("log_every", 1), ("checkpoint_every", 1),
+                ("validate_every", 0),
                 ("ema_every", 1),
             )
             if getattr(self, name) < low
@@ -140,6 +144,30 @@ class BatchSource:
         return [self.split.clips.item_ids[row] for row in self.sampler.batch(step)]
 
 
+class Batches(Protocol):
+    """A rank's training batches as a pure function of the step."""
+
+    def __call__(self, step: int) -> Any:
+        """Return this rank's share of global batch `step`."""
+        ...
+
+    def item_ids(self, step: int) -> Sequence[str]:
+        """Return what batch `step` is made of, for messages."""
+        ...
+
+
+def in_parts(
+    engine: Engine, parts: Sequence[Any], loss_of: Callable[[Any], tuple[Tensor, Mapping[str, Tensor]]]
+) -> dict[str, Tensor]:
+    """Accumulate the gradient of the mean of per-sample losses over equal parts of a batch; return mean metrics."""
+    found: list[Mapping[str, Tensor]] = []
+    for part in parts:
+        loss, metrics = loss_of(part)
+        engine.backward(loss / len(parts))
+        found.append(metrics)
+    return {name: torch.stack([torch.as_tensor(m[name]) for m in found]).mean(0) for name in found[0]}
+
+
 def train(
     runtime: Runtime,
     module: nn.Module,
@@ -147,10 +175,11 @@ def train(
     folder: Path,
     card: Card,
     seed: int,
-    batches: BatchSource,
-    loss_of: Callable[[Engine, MotionBatch, int], Loss],
+    batches: Batches,
+    learn: Learn,
     on_step: Callable[[Engine, Ema | None, int], Mapping[str, float] | None] | None = None,
     start: Callable[[Engine, Ema | None], None] | None = None,
+    extras: Mapping[str, Stateful] | None = None,
 ) -> tuple[Engine, Ema | None, LoopResult]:
     """Train `module` for `config.steps` batches and return the engine, the average and how it ended.
 
@@ -162,10 +191,24 @@ def train(
         card: what the checkpoints are of.
         seed: of the loop's global generator (dropout).
         batches: this rank's batches.
-        loss_of: (engine, batch, step) -> (mean loss of the local rows, metrics).
+        learn: leaves the gradient of a batch in the engine and returns metrics.
         on_step: called with the batches done; returned values are logged as validation metrics.
         start: puts engine and average where training begins; a checkpoint of this stage overrides it.
+        extras: further state that belongs in the checkpoints.
+
+    Raises:
+        ConfigError: a share of the batch that its parts cannot divide evenly.
     """
+    share = config.batch_size // runtime.world
+    if share % config.micro_batches:
+        raise ConfigError(
+            explain(
+                f"a worker's share of the batch ({share}) divisible by micro_batches",
+                str(config.micro_batches),
+                str(folder),
+                "Change train.batch_size or train.micro_batches.",
+            )
+        )
     engine = runtime.build_engine(module, config.optim_for_run)
     ema = Ema(engine.trainable_tensors(), config.ema_decay, config.ema_every) if config.ema_decay else None
     if start is not None:
@@ -175,8 +218,7 @@ def train(
         started = time.perf_counter()
         batch = batches(step)
         waited = time.perf_counter() - started
-        loss, metrics = loss_of(engine, batch, step)
-        engine.backward(loss)
+        metrics = learn(engine, batch, step)
         info = engine.step()
         values = {name: float(value) for name, value in metrics.items()}
         return {**values, "optim/grad_norm": info.grad_norm, "optim/lr": info.lr, "time/data_s": waited}
@@ -193,6 +235,7 @@ def train(
             log_every=config.log_every,
             checkpoint_every=config.checkpoint_every,
             ema=ema,
+            extras=extras,
             on_step=None if on_step is None else lambda done: on_step(engine, ema, done),
             item_ids=batches.item_ids,
         )

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from motionrft.core.errors import ConfigError
 from motionrft.core.plain import from_plain, to_plain
-from motionrft.core.protocols import Runtime
+from motionrft.core.protocols import Engine, Runtime
 from motionrft.core.rng import derive_seed
-from motionrft.core.types import Representation
+from motionrft.core.types import MotionBatch, Representation
 from motionrft.evaluation.card import make_card, save_evaluator
 from motionrft.evaluation.evaluator import Evaluator, EvaluatorConfig, EvaluatorObjective
 from motionrft.evaluation.gates import GateConfig, run_gates
@@ -39,6 +42,11 @@ class EvaluatorRecipe:
     """What it must achieve on real motion."""
     max_frames: int = 80
     """Longest crop."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would change the loss."""
+        if self.train.micro_batches > 1:
+            raise ConfigError("evaluator.train.micro_batches must be 1: its contrastive loss couples the whole batch")
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,12 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
         split, [Representation.KINEMATIC], job.recipe.max_frames, job.recipe.train.batch_size, seed, runtime
     )
     card = Card("evaluator", to_plain(job), {"normalizer/kinematic": normalizer.fingerprint})
+
+    def learn(engine: Engine, batch: MotionBatch, step: int) -> Mapping[str, Tensor]:
+        loss, metrics = engine(**objective.inputs(batch, step))
+        engine.backward(loss)
+        return metrics  # type: ignore[no-any-return]
+
     engine, ema, _ = train(
         runtime,
         objective,
@@ -77,7 +91,7 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
         card,
         seed,
         batches,
-        lambda engine, batch, step: engine(**objective.inputs(batch, step)),
+        learn,
     )
     weights = parameters_of(engine, ema)
     close(engine)

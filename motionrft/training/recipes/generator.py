@@ -29,7 +29,7 @@ from motionrft.representations.normalize import Normalizer
 from motionrft.training.checkpoint import Card, Snapshot, load_checkpoint, load_into, save_checkpoint
 from motionrft.training.ema import Ema
 from motionrft.training.optim import OptimConfig
-from motionrft.training.recipes.common import BatchSource, Split, TrainConfig, close, train, whole_parameters
+from motionrft.training.recipes.common import BatchSource, Split, TrainConfig, close, in_parts, train, whole_parameters
 from motionrft.training.stages import read_json, seconds_of, write_json
 
 KIND = "generator"
@@ -105,10 +105,12 @@ def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
     start = _Start(job.continue_from)
     noise_seed = derive_seed("pretrain-noise", job.seed, job.continue_from != "")
 
-    def loss_of(engine: Engine, batch: MotionBatch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        loss_B, metrics = pretrain_loss(generator, engine, batch, step, noise_seed)  # type: ignore[arg-type]
-        loss = loss_B.mean()
-        return loss, {**metrics, "loss/total": loss.detach()}
+    def learn(engine: Engine, batch: MotionBatch, step: int) -> Mapping[str, Tensor]:
+        def loss_of(part: MotionBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+            loss_B, metrics = pretrain_loss(generator, engine, part, step, noise_seed)  # type: ignore[arg-type]
+            return loss_B.mean(), {**metrics, "loss/total": loss_B.detach().mean()}
+
+        return in_parts(engine, batch.parts(settings.micro_batches), loss_of)
 
     def on_step(engine: Engine, ema: Ema | None, done: int) -> Mapping[str, float] | None:
         if done == base_steps and not job.continue_from:
@@ -119,7 +121,7 @@ def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
         return None
 
     engine, ema, outcome = train(
-        runtime, generator.network, settings, folder, card, job.seed, batches, loss_of, on_step, start.apply
+        runtime, generator.network, settings, folder, card, job.seed, batches, learn, on_step, start.apply
     )
     if job.continue_from:
         _keep(engine, ema, runtime, folder / "model", card, normalizer, outcome.step)

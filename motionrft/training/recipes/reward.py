@@ -7,8 +7,8 @@ encoder. The statistics themselves travel with the backbone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from motionrft.core.errors import CheckpointError, ConfigError
 from motionrft.core.plain import from_plain, to_plain
 from motionrft.core.protocols import Engine, Runtime
 from motionrft.core.rng import derive_seed
-from motionrft.core.types import Representation
+from motionrft.core.types import MotionBatch, Representation
+from motionrft.data.collate import choose_captions
 from motionrft.data.pairs import PairTable
 from motionrft.data.sampler import EpochSampler
 from motionrft.representations.normalize import Normalizer
@@ -30,16 +31,20 @@ from motionrft.reward.objectives import (
     AdapterObjectiveConfig,
     AuthenticityObjective,
     PreferenceObjective,
+    Relations,
     SemanticConfig,
     SemanticObjective,
+    SplConfig,
 )
 from motionrft.training.checkpoint import Card, Checkpoint, Snapshot, load_checkpoint, save_checkpoint
 from motionrft.training.optim import OptimConfig
+from motionrft.training.recipes.bank import LoserBank
 from motionrft.training.recipes.common import (
     BatchSource,
     Split,
     TrainConfig,
     close,
+    in_parts,
     put_parameters,
     train,
     whole_parameters,
@@ -66,8 +71,22 @@ class RewardRecipe:
 
 
 @dataclass(frozen=True)
+class RefineRecipe:
+    """How a trained backbone is refined by its own wrong retrievals (SPL), without new labels."""
+
+    spl: SplConfig = field(default_factory=SplConfig)
+    """The loss; weight 0 = the same steps without it, for comparison."""
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=400, batch_size=128, optim=OptimConfig(lr=1e-5, schedule="constant", warmup_steps=50)
+        )
+    )
+    """Length and optimiser."""
+
+
+@dataclass(frozen=True)
 class RewardJob:
-    """The semantic stage of a run."""
+    """The semantic stage of a run, or its refinement."""
 
     dataset: str
     """Dataset folder."""
@@ -75,42 +94,48 @@ class RewardJob:
     """Of weights, data order, noise."""
     recipe: RewardRecipe = field(default_factory=RewardRecipe)
     """How it is trained."""
+    backbone: str = ""
+    """Folder of the trained backbone to refine; sizes and losses are then its own. "" trains a new one."""
+    refine: RefineRecipe | None = None
+    """With `backbone`: how."""
 
 
 def run_semantic(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Stage: train the backbone and write FOLDER/model; return validation retrieval per representation."""
+    """Stage: train or refine the backbone and write FOLDER/model; return validation retrieval per representation."""
     job = from_plain(RewardJob, config, "reward")
     split = Split.open(job.dataset, "train", data)
-    if split.text.dim != job.recipe.model.text_token_dim:
-        raise ConfigError(
-            f"reward.model.text_token_dim is {job.recipe.model.text_token_dim}, but the dataset's text encoder gives "
-            f"{split.text.dim} features per token: set it to {split.text.dim}, or prepare with another encoder"
-        )
-    representations = [Representation(r) for r in job.recipe.model.representations]
-    normalizers = {r: split.normalizer(r) for r in representations}
-    backbone = build_backbone(job.recipe.model, job.seed)
+    job, backbone, normalizers = _begin(job, split)
+    settings = job.recipe.train if job.refine is None else job.refine.train
+    spl = job.refine.spl if job.refine is not None and job.refine.spl.weight > 0 else None
     plain = copy.deepcopy(backbone)
-    objective = SemanticObjective(
-        backbone,
-        {r: n.to(runtime.device) for r, n in normalizers.items()},
-        job.recipe.semantic,
-        job.seed,
-        runtime,
-    )
-    seed = derive_seed("reward", job.seed)
-    batches = BatchSource(split, representations, job.recipe.max_frames, job.recipe.train.batch_size, seed, runtime)
+    on_device = {r: n.to(runtime.device) for r, n in normalizers.items()}
+    objective = SemanticObjective(backbone, on_device, job.recipe.semantic, job.seed, runtime, spl)
+    seed = derive_seed("reward", job.seed) if spl is None else derive_seed("refine", job.seed)
+    batches = BatchSource(split, list(normalizers), job.recipe.max_frames, settings.batch_size, seed, runtime)
+    bank = None
+    if spl is not None and spl.mode == "bank":
+        semantic = job.recipe.semantic
+        bank = LoserBank(split, on_device, spl, semantic.threshold, semantic.same_class_is_negative,
+                         job.recipe.max_frames, runtime)  # fmt: skip
     prints = {f"normalizer/{r.value}": n.fingerprint for r, n in normalizers.items()}
     prints["text_encoder"] = split.text.fingerprint
     card = Card(BACKBONE, to_plain(job), prints)
+
+    def learn(engine: Engine, batch: MotionBatch, step: int) -> Mapping[str, Any]:
+        parts = [objective.inputs(part, step) for part in batch.parts(settings.micro_batches)]
+        if bank is not None and spl is not None:
+            if step % spl.refresh_every == 0:
+                bank.mine(objective.backbone)
+            rows = batches.sampler.batch(step)
+            choice = choose_captions(split.clips, rows, seed, batches.sampler.epoch(step))
+            size = len(rows) // len(parts)
+            for i, part in enumerate(parts):
+                mine = slice(i * size, (i + 1) * size)
+                part["losers"] = bank.losers(rows[mine], choice[mine], runtime.device)
+        return learn_in_parts(engine, objective, parts)
+
     engine, ema, outcome = train(
-        runtime,
-        objective,
-        job.recipe.train,
-        folder,
-        card,
-        seed,
-        batches,
-        lambda engine, batch, step: engine(**objective.inputs(batch, step)),
+        runtime, objective, settings, folder, card, seed, batches, learn, extras={} if bank is None else {"bank": bank}
     )
     weights = whole_parameters(engine, ema)
     close(engine)
@@ -121,6 +146,68 @@ def run_semantic(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
     extras = {"normalizers": _pack(normalizers)}
     save_checkpoint(folder / "model", Snapshot(outcome.step, outcome.optimizer_steps, model, {}, extras), card)
     return _validate(plain, normalizers, job, data)
+
+
+def _begin(job: RewardJob, split: Split) -> tuple[RewardJob, RewardBackbone, dict[Representation, Normalizer]]:
+    """Return the job with the sizes that count, the networks to start from, and their statistics."""
+    if job.backbone:
+        backbone, normalizers, checkpoint = load_backbone(job.backbone)
+        trained = from_plain(RewardJob, checkpoint.card.config, f"card of {job.backbone}")
+        expected = checkpoint.card.fingerprints["text_encoder"]
+        if expected != split.text.fingerprint:
+            raise ConfigError(
+                f"the backbone was trained on text features of {expected}, the dataset {job.dataset} holds those of "
+                f"{split.text.fingerprint}: prepare it with that encoder"
+            )
+        job = replace(job, recipe=replace(trained.recipe, train=job.recipe.train))
+        return replace(job, refine=job.refine or RefineRecipe()), backbone, normalizers
+    if split.text.dim != job.recipe.model.text_token_dim:
+        raise ConfigError(
+            f"reward.model.text_token_dim is {job.recipe.model.text_token_dim}, but the dataset's text encoder gives "
+            f"{split.text.dim} features per token: set it to {split.text.dim}, or prepare with another encoder"
+        )
+    representations = [Representation(r) for r in job.recipe.model.representations]
+    return job, build_backbone(job.recipe.model, job.seed), {r: split.normalizer(r) for r in representations}
+
+
+def learn_in_parts(engine: Engine, objective: SemanticObjective, parts: Sequence[dict[str, Any]]) -> Mapping[str, Any]:
+    """Leave the gradient of a whole batch in the engine, taken in equal parts; return metrics.
+
+    The contrastive losses couple all rows, so parts cannot simply be averaged. First every part is embedded without
+    gradient; the coupled losses of all embeddings (of all ranks) give a gradient per embedding; then every part is
+    run again with gradient and hands that gradient on. Dropout is seeded per part, so both runs drop the same units.
+
+    Args:
+        engine: around `objective`.
+        objective: computes the coupled losses.
+        parts: keyword arguments of its forward, without `latent_gradient`.
+    """
+    if len(parts) == 1:
+        loss, metrics = engine(**parts[0])
+        engine.backward(loss)
+        return metrics  # type: ignore[no-any-return]
+    seeds = [derive_seed("micro-batch", torch.initial_seed(), i) for i in range(len(parts))]
+    latents = []
+    with torch.no_grad():
+        for seed, part in zip(seeds, parts, strict=True):
+            torch.manual_seed(seed)
+            latents.append(engine(**part, embed_only=True).float())
+    leaf = torch.cat(latents).requires_grad_(True)
+    fields = [[getattr(part["relations"], name) for part in parts] for name in ("pooled_BE", "class_ids_B", "keys_B")]
+    coupled, metrics = objective.coupled(leaf, Relations(*(torch.cat(x) for x in fields)))
+    coupled.backward()
+    assert leaf.grad is not None
+    found = []
+    for seed, part, gradient in zip(seeds, parts, leaf.grad.chunk(len(parts)), strict=True):
+        torch.manual_seed(seed)
+        loss, local = engine(**part, latent_gradient=gradient * len(parts))
+        engine.backward(loss / len(parts))
+        found.append(local)
+    averaged = {name: torch.stack([m[name] for m in found]).mean(0) for name in found[0]}
+    # the surrogate's value means nothing: the local part is what is left of it
+    surrogate = sum((g * z).sum() for g, z in zip(leaf.grad, leaf.detach(), strict=True))
+    averaged["loss/total"] = averaged["loss/total"] - surrogate + coupled.detach()
+    return {**averaged, **metrics}
 
 
 @torch.no_grad()
@@ -219,8 +306,17 @@ class _PairBatches:
         )
         self.representations = [Representation(r) for r in job.recipe.objective.representations]
 
-    def __call__(self, step: int) -> Any:
-        return self.table.inputs(self.sampler.batch(step), self.representations, self.device)
+        self.parts = job.recipe.train.micro_batches
+
+    def __call__(self, step: int) -> list[list[int]]:
+        """Return the rows of batch `step` in equal parts."""
+        rows = self.sampler.batch(step)
+        size = len(rows) // self.parts
+        return [rows[i * size : (i + 1) * size] for i in range(self.parts)]
+
+    def inputs(self, rows: list[int]) -> dict[str, Any]:
+        """Return the objective's arguments for these rows."""
+        return self.table.inputs(rows, self.representations, self.device)
 
     def item_ids(self, step: int) -> list[str]:
         return [self.table.pair_ids[row] for row in self.sampler.batch(step)]
@@ -244,9 +340,10 @@ def run_adapter(runtime: Runtime, config: Mapping[str, Any], folder: Path, data:
         },
     )
 
-    def loss_of(engine: Engine, inputs: Any, step: int) -> Any:
-        return engine(**inputs, step=step)
+    def learn(engine: Engine, rows: Sequence[list[int]], step: int) -> Mapping[str, Any]:
+        return in_parts(engine, rows, lambda part: engine(**batches.inputs(part), step=step))
 
+    batches = _PairBatches(job, table, runtime)
     engine, ema, outcome = train(
         runtime,
         objective,
@@ -254,8 +351,8 @@ def run_adapter(runtime: Runtime, config: Mapping[str, Any], folder: Path, data:
         folder,
         card,
         derive_seed("adapter", job.name, job.seed),
-        _PairBatches(job, table, runtime),  # type: ignore[arg-type]
-        loss_of,
+        batches,
+        learn,
     )
     weights = whole_parameters(engine, ema)
     close(engine)

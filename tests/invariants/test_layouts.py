@@ -1,0 +1,158 @@
+"""Whole training stages leave the same weights on one process, on two with DeepSpeed, and in micro-batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_prep.pairs import build_preference_pairs
+from motionrft.data.manifest import Dataset
+from motionrft.data.tables import ClipTable
+from motionrft.training.checkpoint import load_checkpoint
+from motionrft.training.metrics import read_metrics
+from tests.prepare_fixtures import make_dataset
+
+RECIPES = "motionrft.training.recipes"
+TOLERANCE = 3e-5  # other summation orders, through three steps of AdamW
+SIZES = {"unified_dim": 16, "latent_dim": 8, "num_layers": 3, "decoder_layers": 1, "num_heads": 2, "text_heads": 2,
+         "ff_dim": 32, "proj_hidden": 16, "text_token_dim": 32, "max_positions": 80, "dropout": 0.0}  # fmt: skip
+# Heavy weights on what couples the batch, so that a wrong factor cannot hide; a large epsilon, so that AdamW does not
+# divide it away.
+SEMANTIC = {"rec": 1.0, "cl": 1.0, "cra": 1.0, "cra_lat": 1.0, "cra_cl": 1.0, "kl": 0.1, "lat": 0.1}
+OPTIM = {"lr": 1e-1, "schedule": "constant", "eps": 0.1}
+STEPS = 3
+
+
+def training(**changes: Any) -> dict[str, Any]:
+    return {"steps": STEPS, "batch_size": 8, "log_every": 1, "optim": OPTIM, **changes}
+
+
+def reward(dataset: Path, model: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    recipe = {"model": {**SIZES, **(model or {})}, "semantic": SEMANTIC, "train": training(**changes), "max_frames": 32}
+    return {"dataset": str(dataset), "recipe": recipe}
+
+
+def launch(jobs: list[dict[str, Any]], world: int, folder: Path) -> None:
+    listing = folder / f"jobs{len(list(folder.glob('jobs*.json')))}.json"
+    listing.write_text(json.dumps(jobs))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.stage_worker", str(listing)],
+            cwd=Path(__file__).resolve().parents[2],
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                 "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    for rank, process in enumerate(processes):
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, f"rank {rank} of {world} failed:\n{output[-4000:]}"
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of finished stages: NAME_wWORLD_mMICRO."""
+    root = tmp_path_factory.mktemp("layouts")
+    dataset, pairs = root / "data", root / "pairs"
+    words = ("sway", "lean", "turn", "drift", "rock")
+    distinct = {f"c{i:03d}": {"captions": (f"{words[i % 5]} number {i}", f"do {i}"), "class_name": f"sway|{i}"}
+                for i in range(40)}  # fmt: skip
+    make_dataset(dataset, 40, distinct)
+    for split in ("train", "val"):
+        build_preference_pairs(ClipTable.open(Dataset.open(dataset), split), pairs, split, seed=0)
+    backbone = str(root / "semantic_w1_m1" / "model")
+    generator = str(root / "pretrain_w1_m1" / "model")
+
+    def job(name: str, fn: str, config: dict[str, Any], world: int, micro: int = 1) -> dict[str, Any]:
+        place = root / f"{name}_w{world}_m{micro}"
+        return {"fn": f"{RECIPES}.{fn}", "config": config, "folder": str(place)}
+
+    def refine(mode: str, micro: int) -> dict[str, Any]:
+        spl = {"mode": mode, "k": 1, "weight": 1.0, "refresh_every": 2}
+        return {**reward(dataset), "backbone": backbone, "refine": {"spl": spl, "train": training(micro_batches=micro)}}
+
+    def jobs(world: int, micro: int) -> list[dict[str, Any]]:
+        made = [job("semantic", "reward:run_semantic", reward(dataset, micro_batches=micro), world, micro)]
+        if micro == 1:
+            made.append(job("evaluator", "evaluators:run", evaluator, world))
+        mdm = {"latent_dim": 16, "layers": 1, "heads": 2, "ff": 32, "dropout": 0.0}
+        pretrain = {"dataset": str(dataset), "generator": {"family": "mdm", "max_frames": 32, "mdm": mdm},
+                    "recipe": {"train": training(micro_batches=micro)}}  # fmt: skip
+        made.append(job("pretrain", "generator:run_pretrain", pretrain, world, micro))
+        made += [job(f"refine_{m}", "reward:run_semantic", refine(m, micro), world, micro) for m in MODES]
+        lora = {"adapter": {"rank": 2, "dropout": 0.0}, "train": training(micro_batches=micro)}
+        adapter = {"name": "preference", "backbone": backbone, "pairs": str(pairs), "recipe": lora}
+        made.append(job("adapter", "reward:run_adapter", adapter, world, micro))
+        if micro == 1:
+            weights = {"semantic": 1.0, "smoothness": 0.1, "similarity": 0.5}
+            easytune = {"class_path": "motionrft.finetune.strategies.easytune.EasyTune",
+                        "init_args": {"window": 2, "variant": "step"}}  # fmt: skip
+            recipe = {"strategy": easytune, "weights": weights, "num_steps": 4, "batches": 2, "batch_size": 8,
+                      "max_frames": 32, "optim": {**OPTIM, "warmup_steps": 0}}  # fmt: skip
+            tune = {"dataset": str(dataset), "generator": generator, "reward": {"backbone": backbone}, "recipe": recipe}
+            made.append(job("finetune", "finetune:run", tune, world))
+        return made
+
+    evaluator = {"dataset": str(dataset), "name": "A",
+                 "recipe": {"model": {}, "train": training(), "max_frames": 32}}  # fmt: skip
+    launch(jobs(1, 1) + jobs(1, 2) + [j for j in jobs(1, 4) if "semantic" in j["folder"]], 1, root)
+    launch(jobs(2, 1) + [j for j in jobs(2, 2) if "generator" not in j["fn"]], 2, root)
+    return root
+
+
+MODES = ("bank", "in_batch")
+MICRO = [("semantic", 2), ("semantic", 4), ("pretrain", 2), ("adapter", 2), ("refine_bank", 2), ("refine_in_batch", 2)]
+TWO = [(n, 1) for n in ("semantic", "evaluator", "pretrain", "adapter", "refine_bank", "refine_in_batch", "finetune")]
+
+
+def weights(stages: Path, name: str) -> dict[str, torch.Tensor]:
+    folder = stages / name
+    if name.startswith("evaluator"):
+        folder = sorted((folder / "checkpoints").iterdir())[-1]
+        return dict(load_checkpoint(folder, expected_kind="evaluator").snapshot.model)
+    return dict(load_checkpoint(folder / "model").snapshot.model)
+
+
+def assert_same(stages: Path, name: str, reference: str) -> None:
+    got, want = weights(stages, name), weights(stages, reference)
+    assert set(got) == set(want)
+    worst = {key: float((got[key].float() - want[key].float()).abs().max()) for key in want}
+    assert max(worst.values()) < TOLERANCE, {k: v for k, v in worst.items() if v >= TOLERANCE}
+
+
+@pytest.mark.parametrize(("name", "micro"), MICRO)
+def test_micro_batches_change_nothing_but_rounding(stages: Path, name: str, micro: int) -> None:
+    assert_same(stages, f"{name}_w1_m{micro}", f"{name}_w1_m1")
+
+
+@pytest.mark.parametrize(("name", "micro"), [*TWO, ("semantic", 2), ("adapter", 2), ("refine_bank", 2)])
+def test_two_processes_change_nothing_but_rounding(stages: Path, name: str, micro: int) -> None:
+    assert_same(stages, f"{name}_w2_m{micro}", f"{name}_w1_m1")
+
+
+def test_refinement_moves_the_weights_away_from_plain_training(stages: Path) -> None:
+    moved = weights(stages, "refine_bank_w1_m1")
+    start = weights(stages, "semantic_w1_m1")
+    assert max(float((moved[k] - start[k]).abs().max()) for k in moved) > 100 * TOLERANCE
+    rows = read_metrics(stages / "refine_bank_w1_m1" / "metrics.jsonl")
+    assert any(row["spl/joint/wrong"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["semantic", "refine_in_batch"])
+def test_the_logged_loss_does_not_depend_on_the_layout(stages: Path, name: str) -> None:
+    logged = [
+        [row["loss/total"] for row in read_metrics(stages / f"{name}_{layout}" / "metrics.jsonl")]
+        for layout in ("w1_m1", "w1_m2", "w2_m2")
+    ]
+    assert logged[1] == pytest.approx(logged[0], rel=1e-4)
+    assert logged[2] == pytest.approx(logged[0], rel=1e-4)
