@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
         joints=found.joints_NTJ3.numpy(),
         lengths=lengths.numpy(),
         fps=np.array(found.fps),
+        representation=np.array(found.representation.value),
         captions=np.array(captions),
     )
     clips = [ClipView(c, [("generated", j.numpy(), found.fps)]) for c, j in zip(captions, found.joints_NTJ3)]

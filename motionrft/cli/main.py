@@ -22,6 +22,9 @@ VERBS = {
     "pretrain": ("motionrft.cli.train", "train a small generator from scratch"),
     "evaluator": ("motionrft.cli.train", "train an evaluator: the network that only measures"),
     "reward": ("motionrft.cli.train", "train the reward model: semantic stage, pairs, adapters"),
+    "reward score": ("motionrft.cli.reward", "every reward term of motions in files"),
+    "reward evaluate": ("motionrft.cli.reward", "retrieval, preference and authenticity of a reward, with intervals"),
+    "reward ablate": ("motionrft.cli.reward", "the reward with and without SPL, sharing, or noise"),
     "finetune": ("motionrft.cli.train", "fine-tune a generator on the reward"),
     "tune": ("motionrft.cli.tune", "search over `finetune` with Ray Tune"),
     "generate": ("motionrft.cli.generate", "captions -> motions"),
@@ -45,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if " ".join(arguments[:2]) in VERBS:  # "reward score" is one verb
+        arguments = [" ".join(arguments[:2]), *arguments[2:]]
     parser = _parser(arguments[0] if arguments else "")
     options = parser.parse_args(arguments)
     if not options.verb:

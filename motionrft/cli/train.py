@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb == "reward":
         parser.add_argument(
             "--stage",
-            choices=("semantic", "preference", "authenticity"),
+            choices=("semantic", "spl", "preference", "authenticity"),
             default="semantic",
-            help="what to train; adapters need inputs.reward.backbone, authenticity also inputs.pairs",
+            help="what to train; all but semantic need inputs.reward.backbone, authenticity also inputs.pairs",
         )
     add_run_arguments(parser, f"runs/{verb}")
 
@@ -81,6 +81,9 @@ def _stage(options: argparse.Namespace, config: RunConfig) -> tuple[Stage, str]:
     if options.stage == "semantic":
         return Stage(".", f"{_RECIPES}.reward:run_semantic", to_plain(RewardJob(dataset, seed, config.reward))), dataset
     backbone = required(inputs.reward.backbone, "inputs.reward.backbone", "`motionrft reward --stage semantic`")
+    if options.stage == "spl":
+        job = RewardJob(dataset, seed, config.reward, backbone, config.refine)
+        return Stage(".", f"{_RECIPES}.reward:run_semantic", to_plain(job)), dataset
     recipe = {"preference": config.preference, "authenticity": config.authenticity}[options.stage]
     pairs = inputs.pairs or str((options.run_dir / "pairs").resolve())
     if options.stage == "preference" and not inputs.pairs:

@@ -12,7 +12,7 @@ from motionrft.training.recipes.evaluate import EvaluateRecipe, RewardFolders
 from motionrft.training.recipes.evaluators import EvaluatorRecipe
 from motionrft.training.recipes.finetune import FinetuneRecipe
 from motionrft.training.recipes.generator import PretrainRecipe
-from motionrft.training.recipes.reward import AdapterRecipe, RewardRecipe
+from motionrft.training.recipes.reward import AdapterRecipe, RefineRecipe, RewardRecipe
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class RunConfig:
     """The networks that only measure."""
     reward: RewardRecipe = field(default_factory=RewardRecipe)
     """The semantic stage of the reward."""
+    refine: RefineRecipe = field(default_factory=RefineRecipe)
+    """Self-refinement of a trained backbone (SPL)."""
     pairs: PairsConfig = field(default_factory=PairsConfig)
     """Training pairs of the adapters."""
     preference: AdapterRecipe = field(default_factory=AdapterRecipe)

@@ -57,6 +57,10 @@ def build_charts(curves: Mapping[str, Rows]) -> list[Chart]:
         if stage == "tune":
             charts.append(parallel_coordinates(rows))
             continue
+        if stage == "compare":
+            titles = list(dict.fromkeys(str(row["chart"]) for row in rows))
+            charts += [grouped_bars(title, [row for row in rows if row["chart"] == title]) for title in titles]
+            continue
         charts += [chart for make in _STAGE_CHARTS if (chart := make(stage, rows)) is not None]
     return charts
 
@@ -211,6 +215,32 @@ _STAGE_CHARTS: tuple[Callable[[str, Rows], Chart | None], ...] = (
     validation,
     memory,
 )
+
+
+def grouped_bars(title: str, rows: Rows) -> Chart:
+    """Return bars with intervals: one group per "group", one colour per "series"."""
+    graph = _graph_objects()
+    figure = graph.Figure()
+    for i, series in enumerate(dict.fromkeys(str(row["series"]) for row in rows)):
+        own = [row for row in rows if str(row["series"]) == series]
+        values = [number(row["value"]) for row in own]
+        above = [number(row.get("high")) - v for row, v in zip(own, values)]
+        below = [v - number(row.get("low")) for row, v in zip(own, values)]
+        figure.add_trace(
+            graph.Bar(
+                name=series,
+                x=[str(row["group"]) for row in own],
+                y=values,
+                marker={"color": PALETTE[i % len(PALETTE)]},
+                error_y={
+                    "type": "data",
+                    "array": [v if math.isfinite(v) else 0 for v in above],
+                    "arrayminus": [v if math.isfinite(v) else 0 for v in below],
+                },
+            )
+        )
+    figure.update_layout(**_layout("", "percent"), barmode="group")
+    return Chart(title, "Bars: mean; whiskers: 95 % interval.", _plain(figure))
 
 
 def _names(rows: Rows) -> list[str]:

@@ -45,8 +45,10 @@ def write_report(
             the keys "real", "before", "after" and "control" are known, others are shown as they are;
             "fid_floor" {evaluator: value};
             "gates" list of {"name", "accepted", "not_judged", "gates": [{"name", "passed", "required", "text"}]};
+            "tables" list of {"title", "columns": [...], "rows": [[...]], "note"}, shown as they are;
             "timings" {stage: seconds}; "fingerprints" {what: hash}; "limits" list of further limits.
-        curves: stage -> metric rows ({"step", "loss/total", ...}); "tune" -> one row per trial.
+        curves: stage -> metric rows ({"step", "loss/total", ...}); "tune" -> one row per trial; "compare" -> bars
+            ({"chart", "group", "series", "value", "low", "high"}).
         clips: motions to play.
         config_text: the resolved configuration.
         notes: remarks on this run.
@@ -82,6 +84,7 @@ def render_report(
         ("result", "Result", _result(summary, rows, verdicts)),
         ("watch", "Watch", _watch(clips)),
         ("rows", "All rows", _all_rows(summary, rows)),
+        ("tables", "Tables", "".join(tables.plain_table(t) for t in summary.get("tables") or [])),
         ("curves", "Curves", drawn),
         ("gates", "Evaluator", _gates(summary.get("gates") or [])),
         ("read", "How to read this", _how_to_read(summary.get("limits") or [], notes)),

@@ -158,6 +158,20 @@ def rows_table(rows: Sequence[Row]) -> str:
     )
 
 
+def plain_table(table: Mapping[str, Any]) -> str:
+    """Return a table given as title, columns and rows of text, with an optional note."""
+    head = "".join(f"<th>{esc(c)}</th>" for c in table["columns"])
+    body = "".join(
+        "<tr>" + "".join(f"<{t}>{esc(v)}</{t}>" for t, v in zip(["th", *["td"] * len(row)], row)) + "</tr>"
+        for row in table["rows"]
+    )
+    note = f"<p>{esc(table['note'])}</p>" if table.get("note") else ""
+    return (
+        f'<h3>{esc(table["title"])}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>{note}"
+    )
+
+
 def cell(row: Row, metric: MetricText) -> str:
     """Return mean ± half width; a dagger marks an interval over prompts instead of seeds."""
     mean, half = value(row, metric.key)

@@ -70,11 +70,16 @@ class MotionReward(nn.Module):
         mu, _ = self.text(condition.tokens_BLD.float(), condition.mask_BL)
         return mu
 
-    def embed(self, motion_BTD: Tensor, lengths_B: Tensor, representation: Representation) -> Tensor:
-        """Return embeddings (B, E) of clean physical motion: the similarity target, or a retrieval entry."""
+    def embed(
+        self, motion_BTD: Tensor, lengths_B: Tensor, representation: Representation, noise_level: float = 0.0
+    ) -> Tensor:
+        """Return embeddings (B, E) of physical motion: the similarity target, or a retrieval entry.
+
+        `noise_level` labels motion that carries noise, as in `score`.
+        """
         with _full_precision(motion_BTD):
             x = self._normalise(motion_BTD, lengths_B, representation)
-            mu, _ = self.motion(x, lengths_B, representation, self._time(0.0, len(x), x.device))
+            mu, _ = self.motion(x, lengths_B, representation, self._time(noise_level, len(x), x.device))
         return mu
 
     def score(
@@ -124,6 +129,12 @@ class MotionReward(nn.Module):
                     kind = Representation(representation)
                     values[name] = self._terms[name](motion_BTD.float(), lengths_B, kind, self.normalizers[kind])
         return RewardTerms({name: values[name] for name in terms})
+
+    def head_outputs(self, name: str, motion_BTD: Tensor, lengths_B: Tensor, representation: Representation) -> Tensor:
+        """Return what adapter `name`'s head says of clean motion: score (B, 1), or logits (B, 2) of real, generated."""
+        with _full_precision(motion_BTD):
+            x = self._normalise(motion_BTD, lengths_B, representation)
+            return self._head(name, x, lengths_B, representation, self._time(0.0, len(x), x.device))
 
     def _head(self, name: str, x: Tensor, lengths_B: Tensor, representation: str, t_B: Tensor | None) -> Tensor:
         assert self.adapters is not None
