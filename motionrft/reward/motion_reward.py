@@ -69,7 +69,15 @@ class MotionReward(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, condition: Condition) -> Tensor:
-        """Return caption embeddings (B, E), to be computed once per prompt batch."""
+        """Return caption embeddings (B, E), to be computed once per prompt batch.
+
+        Raises:
+            ConfigError: the captions were encoded by another text encoder than the one the reward was trained with.
+        """
+        if condition.tokens_BLD.shape[-1] != self.config.text_token_dim:
+            expected = f"captions encoded with {self.config.text_token_dim} features per token"
+            got = f"{condition.tokens_BLD.shape[-1]} features"
+            raise ConfigError(explain(expected, got, "MotionReward.encode_text", "Prepare with its text encoder."))
         mu, _ = self.text(condition.tokens_BLD.float(), condition.mask_BL)
         return mu
 

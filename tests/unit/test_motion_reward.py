@@ -135,6 +135,8 @@ def test_missing_adapters_targets_and_unknown_terms_are_errors_not_zeros() -> No
         score(reward, terms=("beauty",))
     with pytest.raises(RepresentationError, match="normaliser per representation"):
         MotionReward(make_backbone(), {Representation.JOINT: NORMALIZERS[Representation.JOINT]})
+    with pytest.raises(ConfigError, match="encoded with 12 features per token; got 16"):
+        make_reward(text_token_dim=12).encode_text(batch.text)
     reward = MotionReward(make_backbone(replace(TINY, representations=("joint",))), NORMALIZERS)
     with pytest.raises(RepresentationError, match="Convert it"):
         reward.embed(batch.motions["rotation"], batch.lengths_B, Representation.ROTATION)
