@@ -29,6 +29,8 @@ VERBS = {
     "tune": ("motionrft.cli.tune", "search over `finetune` with Ray Tune"),
     "generate": ("motionrft.cli.generate", "captions -> motions"),
     "evaluate": ("motionrft.cli.evaluate", "score generators on a split, with intervals"),
+    "import": ("motionrft.cli.released", "released weights -> checkpoints of this project, strict and safe"),
+    "export": ("motionrft.cli.released", "checkpoints of this project -> the files they were released as"),
     "report": ("motionrft.cli.report", "one HTML page of a run folder"),
     "quickstart": ("motionrft.cli.quickstart_verb", "all of the above, small, on this machine"),
     "bench": ("motionrft.cli.bench", "measure: memory, convert, ingest"),

@@ -1,13 +1,25 @@
-"""The normalisers of a dataset, checked against its manifest."""
+"""The normalisers of a dataset, checked against its manifest, and those of a folder of plain arrays."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
-from motionrft.core.errors import RepresentationError, explain
+import numpy as np
+import torch
+
+from motionrft.core.errors import ConfigError, RepresentationError, explain
 from motionrft.core.types import Representation
 from motionrft.data.manifest import Dataset
 from motionrft.representations.normalize import Normalizer
+
+ARRAY_FILES = {
+    Representation.KINEMATIC: ("Mean.npy", "Std.npy"),
+    Representation.JOINT: ("Mean_22x3.npy", "Std_22x3.npy"),
+    Representation.ROTATION: ("Mean_135.npy", "Std_135.npy"),
+}
+"""Statistics beside a HumanML3D folder. Those of joints are (3,): one value per axis, over all joints."""
 
 
 def load_normalizer(dataset: Dataset, representation: Representation) -> Normalizer:
@@ -37,3 +49,35 @@ def load_normalizers(
 ) -> dict[Representation, Normalizer]:
     """Return the normalisers of several representations; see `load_normalizer`."""
     return {Representation(r): load_normalizer(dataset, r) for r in representations}
+
+
+def read_array_normalizers(folder: Path) -> dict[Representation, Normalizer]:
+    """Return the normalisers in `ARRAY_FILES` of a folder; the provenance names files and their hashes.
+
+    Raises:
+        ConfigError: a file is missing or no array.
+        RepresentationError: wrong shape, not finite, or a standard deviation that is not positive.
+    """
+    missing = [name for pair in ARRAY_FILES.values() for name in pair if not (folder / name).is_file()]
+    if missing:
+        # Zeros and ones would load as well, and every score would be wrong without a word.
+        raise ConfigError(
+            explain("statistics of all representations", f"no {', '.join(missing)}", str(folder), "Add these files.")
+        )
+    result: dict[Representation, Normalizer] = {}
+    for representation, names in ARRAY_FILES.items():
+        mean, std = (_read_array(folder / name) for name in names)
+        hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+        provenance = {"source": "arrays", "folder": str(folder.resolve()), "sha256": hashes}
+        if representation is Representation.JOINT:
+            result[representation] = Normalizer.from_pooled(mean, std, representation, provenance)
+        else:
+            result[representation] = Normalizer(mean, std, representation, provenance)
+    return result
+
+
+def _read_array(path: Path) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ConfigError(explain("a numeric .npy array", str(error), str(path), "Copy the file again.")) from error

@@ -5,7 +5,7 @@ Letters: B batch, T frames, D features, E = d latent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import motionrft.reward.terms_physical  # noqa: F401  registers its terms
 from motionrft.core.errors import ConfigError, RepresentationError, explain
 from motionrft.core.types import Condition, Representation, RewardTerms, valid_mask
-from motionrft.reward.adapters import AdaptedTower
+from motionrft.reward.adapters import ADAPTERS, AdaptedTower
 from motionrft.reward.backbone import RewardBackbone
 from motionrft.reward.encoders import MotionTower
 from motionrft.reward.losses import cosine
@@ -31,6 +31,7 @@ class MotionReward(nn.Module):
         backbone: trained networks; this object takes them over and freezes them.
         normalizers: `Normalizer` per representation: the statistics the backbone was trained with, on its device.
         adapters: trained adapters and heads on that backbone; without them only the other terms exist.
+        trained_on: adapter -> representations it was trained on, an adapter not named on none; None = all on all.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class MotionReward(nn.Module):
         backbone: RewardBackbone,
         normalizers: Mapping[Representation, MotionScale],
         adapters: AdaptedTower | None = None,
+        trained_on: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         super().__init__()
         self.config = backbone.config
@@ -49,6 +51,7 @@ class MotionReward(nn.Module):
         self.normalizers = {r: normalizers[Representation(r)] for r in self.config.representations}
         self.motion, self.text = backbone.motion, backbone.text
         self.adapters = adapters
+        self.trained_on = trained_on
         self.merged: nn.ModuleDict | None = None
         self._terms = build_terms()
         self.requires_grad_(False)
@@ -66,7 +69,15 @@ class MotionReward(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, condition: Condition) -> Tensor:
-        """Return caption embeddings (B, E), to be computed once per prompt batch."""
+        """Return caption embeddings (B, E), to be computed once per prompt batch.
+
+        Raises:
+            ConfigError: the captions were encoded by another text encoder than the one the reward was trained with.
+        """
+        if condition.tokens_BLD.shape[-1] != self.config.text_token_dim:
+            expected = f"captions encoded with {self.config.text_token_dim} features per token"
+            got = f"{condition.tokens_BLD.shape[-1]} features"
+            raise ConfigError(explain(expected, got, "MotionReward.encode_text", "Prepare with its text encoder."))
         mu, _ = self.text(condition.tokens_BLD.float(), condition.mask_BL)
         return mu
 
@@ -106,9 +117,10 @@ class MotionReward(nn.Module):
 
         Raises:
             ConfigError: for an unknown term, a learned term without its adapter, or `similarity` without target.
-            RepresentationError: for a representation the reward does not know, or the wrong number of features.
+            RepresentationError: for a representation the reward does not know or a term's adapter was not trained on,
+                or the wrong number of features.
         """
-        self._check(terms, target_BE)
+        self._check(terms, target_BE, representation)
         values: dict[str, Tensor] = {}
         with _full_precision(motion_BTD):
             x = self._normalise(motion_BTD, lengths_B, representation)
@@ -158,7 +170,7 @@ class MotionReward(nn.Module):
             return None
         return torch.full((batch,), time_of_noise_level(noise_level, self.config.max_t), device=device)
 
-    def _check(self, terms: Sequence[str], target_BE: Tensor | None) -> None:
+    def _check(self, terms: Sequence[str], target_BE: Tensor | None, representation: str) -> None:
         unknown = [n for n in terms if n not in LEARNED_TERMS and n not in self._terms]
         if unknown:
             known = [*LEARNED_TERMS, *self._terms]
@@ -172,6 +184,18 @@ class MotionReward(nn.Module):
                     "Train them, or set the weights of these terms to 0.",
                 )
             )
+        for name in ADAPTERS:
+            # An adapter returns a number for any motion; on what it never saw in training that number is noise.
+            if name in terms and self.trained_on is not None and representation not in self.trained_on.get(name, ()):
+                known = [str(r) for r in self.trained_on.get(name, ())]
+                raise RepresentationError(
+                    explain(
+                        f"motion of {known} for {name!r}" if known else f"a loaded {name!r} adapter",
+                        f"{str(representation)!r}, on which this adapter was not trained",
+                        "MotionReward.score",
+                        f"Convert the motion, or leave inputs.reward.{name} empty and its weight 0.",
+                    )
+                )
         if "similarity" in terms and target_BE is None:
             raise ConfigError(
                 explain("target_BE for 'similarity'", "None", "MotionReward.score", "Embed the reference motion first.")

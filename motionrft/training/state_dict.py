@@ -12,6 +12,7 @@ from motionrft.training.optim import trainable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PARTS = ("param", *MOMENTS)
+_REBUILD = "Build the model with the configuration in the checkpoint's MANIFEST.json, or choose another checkpoint."
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -31,13 +32,16 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in module.state_dict().items() if name not in parameters}
 
 
-def require_same_tensors(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, Tensor], where: str) -> None:
+def require_same_tensors(
+    expected: Mapping[str, tuple[int, ...]], got: Mapping[str, Tensor], where: str, do: str = _REBUILD
+) -> None:
     """Check names and shapes, both ways.
 
     Args:
         expected: name -> shape.
         got: name -> tensor.
         where: what the tensors are, for the message.
+        do: what helps, for the message.
 
     Raises:
         CheckpointError: listing every missing, unexpected and mis-shaped name (first eight of each).
@@ -55,10 +59,7 @@ def require_same_tensors(expected: Mapping[str, tuple[int, ...]], got: Mapping[s
         if names
     ]
     if problems:
-        raise CheckpointError(
-            f"{where} does not fit this model: {'; '.join(problems)}. "
-            "Build the model with the configuration in the checkpoint's MANIFEST.json, or choose another checkpoint."
-        )
+        raise CheckpointError(f"{where} does not fit this model: {'; '.join(problems)}. {do}")
 
 
 def check_engine_state(module: nn.Module, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

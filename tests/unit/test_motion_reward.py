@@ -135,9 +135,27 @@ def test_missing_adapters_targets_and_unknown_terms_are_errors_not_zeros() -> No
         score(reward, terms=("beauty",))
     with pytest.raises(RepresentationError, match="normaliser per representation"):
         MotionReward(make_backbone(), {Representation.JOINT: NORMALIZERS[Representation.JOINT]})
+    with pytest.raises(ConfigError, match="encoded with 12 features per token; got 16"):
+        make_reward(text_token_dim=12).encode_text(batch.text)
     reward = MotionReward(make_backbone(replace(TINY, representations=("joint",))), NORMALIZERS)
     with pytest.raises(RepresentationError, match="Convert it"):
         reward.embed(batch.motions["rotation"], batch.lengths_B, Representation.ROTATION)
+
+
+def test_an_adapter_scores_only_the_representations_it_was_trained_on() -> None:
+    backbone = make_backbone()
+    trained_on = {"preference": tuple(Representation), "authenticity": ("kinematic", "joint")}
+    reward = MotionReward(backbone, NORMALIZERS, make_adapted(backbone), trained_on)
+    for frozen in (False, True):
+        if frozen:
+            reward.freeze_for_scoring()
+        assert score(reward, "joint", ("authenticity",))["authenticity"].isfinite().all()
+        with pytest.raises(RepresentationError, match=r"\['kinematic', 'joint'\] for 'authenticity'.*'rotation'"):
+            score(reward, "rotation", ("preference", "authenticity"))
+        assert set(score(reward, "rotation", ("preference", "semantic"))) == {"preference", "semantic"}
+    reward = MotionReward(backbone, NORMALIZERS, make_adapted(backbone), {"preference": tuple(Representation)})
+    with pytest.raises(RepresentationError, match="a loaded 'authenticity' adapter"):
+        score(reward, "joint", ("authenticity",))
 
 
 def test_normaliser_files_class_is_accepted() -> None:

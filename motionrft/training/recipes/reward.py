@@ -143,7 +143,7 @@ def run_semantic(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
         return {}
     put_parameters(plain, {n.removeprefix("backbone."): w for n, w in weights.items()})
     model = {name: t.detach().float().cpu().contiguous() for name, t in plain.state_dict().items()}
-    extras = {"normalizers": _pack(normalizers)}
+    extras = {"normalizers": pack_normalizers(normalizers)}
     save_checkpoint(folder / "model", Snapshot(outcome.step, outcome.optimizer_steps, model, {}, extras), card)
     return _validate(plain, normalizers, job, data)
 
@@ -235,7 +235,8 @@ def _validate(
     return {"validation": found}
 
 
-def _pack(normalizers: Mapping[Representation, Normalizer]) -> dict[str, torch.Tensor]:
+def pack_normalizers(normalizers: Mapping[Representation, Normalizer]) -> dict[str, torch.Tensor]:
+    """Return the statistics that travel with a backbone, as tensors named `REPRESENTATION/mean` and `.../std`."""
     parts: dict[str, torch.Tensor] = {}
     for r, n in normalizers.items():
         parts |= {f"{r.value}/mean": n.mean.cpu().clone(), f"{r.value}/std": n.std.cpu().clone()}
@@ -388,6 +389,7 @@ def load_reward(backbone: Path | str, adapters: Mapping[str, Path | str], device
     """
     net, normalizers, _ = load_backbone(backbone)
     adapted: AdaptedTower | None = None
+    trained_on: dict[str, tuple[str, ...]] = {}
     for name, folder in adapters.items():
         checkpoint = load_checkpoint(Path(folder), expected_kind=ADAPTER)
         job = from_plain(AdapterJob, checkpoint.card.config, f"card of {folder}")
@@ -398,5 +400,6 @@ def load_reward(backbone: Path | str, adapters: Mapping[str, Path | str], device
         elif adapted.config != job.recipe.adapter:
             raise CheckpointError(f"{folder}: adapters of one reward need one size, {job.recipe.adapter} differs")
         adapted.load_adapter(name, checkpoint.snapshot.model, checkpoint.card.fingerprints["backbone"])
+        trained_on[name] = tuple(job.recipe.objective.representations)
     on_device = {r: n.to(device) for r, n in normalizers.items()}
-    return MotionReward(net, on_device, adapted).to(device).freeze_for_scoring()
+    return MotionReward(net, on_device, adapted, trained_on).to(device).freeze_for_scoring()

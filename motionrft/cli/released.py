@@ -1,0 +1,133 @@
+"""`motionrft import KIND PATH` and `motionrft export KIND FOLDER`: released weights in, released weights out.
+
+A kind is one row of `KINDS`: how its options are named, and what imports and exports it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from motionrft.core.errors import ConfigError, explain
+from motionrft.core.types import Representation
+from motionrft.data.manifest import Dataset
+from motionrft.data.normalizers import load_normalizers, read_array_normalizers
+from motionrft.nn.text import load_text_encoder
+from motionrft.representations.normalize import Normalizer
+from motionrft.reward.released import PUBLISHED
+from motionrft.training.recipes.released_reward import (
+    PARTS,
+    ImportChoices,
+    export_motionreward,
+    find_parts,
+    import_motionreward,
+)
+
+SENTENCE_T5, SENTENCE_T5_DIM = "sentence-t5-large", 1024
+"""Recorded by name, not by hash: no file of that encoder is at hand when weights are imported."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One family of released weights."""
+
+    text: str
+    import_arguments: Callable[[argparse.ArgumentParser], None]
+    run_import: Callable[[argparse.Namespace], None]
+    export_arguments: Callable[[argparse.ArgumentParser], None]
+    run_export: Callable[[argparse.Namespace], None]
+
+
+def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Add one sub-command per kind."""
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for name, kind in KINDS.items():
+        sub = kinds.add_parser(name, help=kind.text, description=kind.text)
+        (kind.import_arguments if verb == "import" else kind.export_arguments)(sub)
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Import or export, and print what was written."""
+    kind = KINDS[options.kind]
+    (kind.run_import if options.verb == "import" else kind.run_export)(options)
+    return 0
+
+
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="DIR", type=Path, help="folder of the five .pth files")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--suffix", default="", help="of the file names, e.g. _r128")
+    parser.add_argument("--preset", default="", help=f"size, where the files do not say: {', '.join(PUBLISHED)}")
+    statistics = parser.add_mutually_exclusive_group()
+    statistics.add_argument("--stats", type=Path, help="folder with Mean.npy, Std.npy, Mean_22x3.npy, Mean_135.npy ...")
+    statistics.add_argument("--dataset", type=Path, help="prepared dataset whose statistics are those of the weights")
+    parser.add_argument("--text-encoder", default=SENTENCE_T5, help=f"default {SENTENCE_T5}; or a name or local folder")
+    parser.add_argument("--clean-timestep", choices=("none", "0"), default="none", help="time token of clean motion")
+    parser.add_argument("--lora-alpha", type=float, default=0.0, help="where adapter files do not say")
+
+
+def _run_import(options: argparse.Namespace) -> None:
+    normalizers = _statistics(options)
+    choices = ImportChoices(
+        options.suffix,
+        options.preset,
+        "none_when_clean" if options.clean_timestep == "none" else "always",
+        options.lora_alpha,
+    )
+    encoder = None if options.text_encoder == SENTENCE_T5 else load_text_encoder(options.text_encoder)
+    mark, text_dim = (SENTENCE_T5, SENTENCE_T5_DIM) if encoder is None else (encoder.fingerprint, encoder.dim)
+    found = import_motionreward(options.path, options.out, normalizers, mark, choices, text_dim)
+    sizes = found.config
+    print(f"width {sizes.unified_dim}, latent {sizes.latent_dim}, {sizes.num_layers} blocks, {sizes.num_heads} heads, "
+          f"adapters of rank {found.adapter.rank} and alpha {found.adapter.alpha:g}")  # fmt: skip
+    if found.ignored:
+        print(f"left out {len(found.ignored)} tensors that are not part of the backbone, e.g. {found.ignored[0]}")
+    print("authenticity of rotation motion was never trained in the published adapter: scoring it is refused")
+    for name, folder in found.folders.items():
+        print(f"inputs.reward.{name}={folder}")
+
+
+def _statistics(options: argparse.Namespace) -> dict[Representation, Normalizer]:
+    if options.stats is not None:
+        return read_array_normalizers(options.stats)
+    if options.dataset is not None:
+        return load_normalizers(Dataset.open(options.dataset))
+    raise ConfigError(
+        explain(
+            "the statistics the weights were trained with",
+            "none",
+            "motionrft import motionreward",
+            "The files do not hold them: give --stats DIR (HumanML3D arrays) or --dataset PREPARED_FOLDER.",
+        )
+    )
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="FOLDER", type=Path, help="folder of an import or of a quickstart")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write the five .pth files to")
+    parser.add_argument("--suffix", default="", help="of the file names, e.g. _r128")
+    for name in PARTS:
+        parser.add_argument(f"--{name}", default="", help=f"model folder of the {name}, if it lies elsewhere")
+
+
+def _run_export(options: argparse.Namespace) -> None:
+    parts = find_parts(options.path, {name: getattr(options, name) for name in PARTS})
+    paths, notes = export_motionreward(parts, options.out, options.suffix)
+    for note in notes:
+        print(f"note: {note}")
+    for path in paths:
+        print(path)
+
+
+KINDS = {
+    "motionreward": Kind(
+        "MotionReward: backbone, preference and authenticity adapters",
+        _import_arguments,
+        _run_import,
+        _export_arguments,
+        _run_export,
+    )
+}
