@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     """Add the verb's options."""
     name = verb.split()[-1]
     if name == "score":
-        parser.add_argument("--motions", type=Path, required=True, action="append",
-                            help="npz with motion (N, T, D) and lengths (N,), or a folder of such; may be repeated")  # fmt: skip
+        text = "npz with motion (N, T, D) and lengths (N,), or a folder of such; may be repeated"
+        parser.add_argument("--motions", type=Path, required=True, action="append", help=text)
         parser.add_argument("--captions", type=Path, help="text file, one caption per motion in order")
         parser.add_argument("--references", type=Path, help="npz of as many motions: the target of `similarity`")
         parser.add_argument("--representation", choices=("kinematic", "joint", "rotation"),
@@ -151,8 +151,9 @@ def quality_tables(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             if printed:
                 rows.append([name, "paper", *(printed.get(m, printed.get(m[:3], "-")) for m in names)])
         what = "pairs of corrupted motion" if kind == "preference" else "pairs of captured and generated motion"
-        made.append({"title": f"{kind.capitalize()} (percent)", "columns": ["representation", "source", *names],
-                     "rows": rows, "note": f"{found[kind]['pairs']} held-out {what}; the paper's are others."})  # fmt: skip
+        note = f"{found[kind]['pairs']} held-out {what}; the paper's are others."
+        columns = ["representation", "source", *names]
+        made.append({"title": f"{kind.capitalize()} (percent)", "columns": columns, "rows": rows, "note": note})
     return made
 
 
