@@ -74,7 +74,7 @@ def sides(question: str, job: RewardJob, refine: RefineRecipe, backbone: str) ->
 
 
 def stages(question: str, compared: Sequence[Side], seeds: int, run_dir: Path, split: str) -> list[Stage]:
-    """Return training and measuring stages: SIDE/SEED and SIDE/SEED/quality."""
+    """Return training and measuring stages: SIDE_SEED and SIDE_SEED_quality."""
     found = []
     levels = NOISE_LEVELS if question == "noise" else (0.0,)
     for side in compared:
@@ -84,13 +84,13 @@ def stages(question: str, compared: Sequence[Side], seeds: int, run_dir: Path, s
             found.append(Stage(place, _REWARD, to_plain(job)))
             model = str((run_dir / place / "model").resolve())
             quality = QualityJob(job.dataset, RewardFolders(model), split, "", job.recipe.max_frames, levels, job.seed)
-            found.append(Stage(f"{place}/quality", _QUALITY, to_plain(quality)))
+            found.append(Stage(f"{place}_quality", _QUALITY, to_plain(quality)))
     return found
 
 
 def place_of(side: str, seed: int) -> str:
     """Return the stage name of a side's training."""
-    return f"{side.replace(' ', '_')}/seed_{seed}"
+    return f"{side.replace(' ', '_')}_{seed}"
 
 
 def compare(
@@ -102,7 +102,7 @@ def compare(
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for side in compared:
-        runs = [results[f"{place_of(side.name, seed)}/quality"]["retrieval"] for seed in range(seeds)]
+        runs = [results[f"{place_of(side.name, seed)}_quality"]["retrieval"] for seed in range(seeds)]
         for representation in runs[0]:
             protocol = "pools32" if "pools32" in runs[0][representation] else "all"
             per_metric = {
