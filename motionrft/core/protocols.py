@@ -193,6 +193,11 @@ class Runtime(Collective, Protocol):
 class Executor(Protocol):
     """Maps a function over shards, in this process or over a pool of Ray actors."""
 
-    def map_shards(self, fn: Callable[[Item], Out], shards: Sequence[Item]) -> list[Out]:
-        """Results in the order of `shards`, whatever the number of workers."""
+    def map_shards(
+        self, fn: Callable[[Item], Out], shards: Sequence[Item], after: Sequence[int | None] | None = None
+    ) -> list[Out]:
+        """Results in the order of `shards`, whatever the number of workers.
+
+        `after[i]` names an earlier shard that must be finished before shard i starts.
+        """
         ...

@@ -21,6 +21,7 @@ from motionrft.diffusion.solvers import skip_gains
 from motionrft.finetune.plan import StepPlan, Strategy
 from motionrft.finetune.snapshot import Snapshot
 
+SHARED_PASS = ("semantic", "similarity")
 SIMILARITY_TARGETS = ("reference", "ground_truth")
 
 
@@ -186,6 +187,10 @@ class _Rollout:
         text_BE = reward.encode_text(batch.text)
         target_BE = self._target(reference)
         kind = generator.spec.representation
+        # Terms of one encoder pass: watching one of them costs nothing where another one drives.
+        shared = set(SHARED_PASS) if set(SHARED_PASS) & set(self.objective.driving) else set()
+        along = tuple(name for name in self.objective.watched if name in shared)
+        apart = tuple(name for name in self.objective.watched if name not in shared)
 
         def terms(motion_BTD: Tensor, noise_level: float, names: Sequence[str]) -> RewardTerms:
             if not names:
@@ -203,10 +208,11 @@ class _Rollout:
         def score(output: StepOutput) -> tuple[RewardTerms, RewardTerms]:
             state = output.x0_hat if output.scored == "x0_hat" else output.x_prev
             motion_BTD = generator.decode(state, batch.lengths_B)
-            driving = terms(motion_BTD, output.noise_level, self.objective.driving)
+            scored = terms(motion_BTD, output.noise_level, (*self.objective.driving, *along)).values
             with torch.no_grad():
-                watched = terms(motion_BTD.detach(), output.noise_level, self.objective.watched)
-            return driving, watched
+                alone = terms(motion_BTD.detach(), output.noise_level, apart)
+            watched = {name: scored[name].detach() for name in along} | dict(alone.values)
+            return RewardTerms({name: scored[name] for name in self.objective.driving}), RewardTerms(watched)
 
         return score
 

@@ -35,26 +35,34 @@ class RayExecutor:
         self._num_workers = num_workers
         self._task = _call.options(num_cpus=cpus, num_gpus=gpus, max_retries=max_retries)
 
-    def map_shards(self, fn: Callable[[Item], Out], shards: Sequence[Item]) -> list[Out]:
-        """Return [fn(shard) for shard in shards], computed in parallel.
+    def map_shards(
+        self, fn: Callable[[Item], Out], shards: Sequence[Item], after: Sequence[int | None] | None = None
+    ) -> list[Out]:
+        """Return [fn(shard) for shard in shards], computed in parallel; shard i starts once `after[i]` is finished.
 
-        `fn` travels once; what it closes over should be small or an object reference.
+        `fn` travels once; what it closes over should be small or an object reference. `after` names earlier shards.
 
         Raises:
             MotionRFTError: the project's own errors come back as they were raised; others as Ray wraps them.
         """
         shared = ray.put(fn)
         results: list[Any] = [None] * len(shards)
-        waiting = list(enumerate(shards))[::-1]
+        needs = list(after) if after is not None else [None] * len(shards)
+        if any(need is not None and need >= i for i, need in enumerate(needs)):
+            raise ValueError("a shard can only wait for an earlier one")
+        waiting = list(range(len(shards)))
+        finished: set[int | None] = {None}
         running: dict[Any, int] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < self._num_workers:
-                    index, shard = waiting.pop()
-                    running[self._task.remote(shared, shard)] = index
+                ready = [i for i in waiting if needs[i] in finished]
+                for index in ready[: self._num_workers - len(running)]:
+                    waiting.remove(index)
+                    running[self._task.remote(shared, shards[index])] = index
                 (done, *_), _ = ray.wait(list(running), num_returns=1)
                 index = running.pop(done)  # before get raises: cancelling a task that ends now aborts the process
                 results[index] = ray.get(done)
+                finished.add(index)
         except RayTaskError as error:
             if isinstance(error.cause, MotionRFTError):
                 raise error.cause from error

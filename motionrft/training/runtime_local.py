@@ -66,6 +66,8 @@ class LocalRuntime:
 class LocalExecutor:
     """`core.protocols.Executor` in this process, one shard after the other."""
 
-    def map_shards(self, fn: Callable[[Item], Out], shards: Sequence[Item]) -> list[Out]:
-        """Return [fn(shard) for shard in shards]."""
+    def map_shards(
+        self, fn: Callable[[Item], Out], shards: Sequence[Item], after: Sequence[int | None] | None = None
+    ) -> list[Out]:
+        """Return [fn(shard) for shard in shards]; one after the other keeps every order."""
         return [fn(shard) for shard in shards]

@@ -115,9 +115,23 @@ def test_blocks_keep_file_and_row_order_and_only_the_asked_columns(session: None
 
 
 @pytest.mark.ray
-def test_executor_keeps_order_and_returns_our_errors(session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_executor_keeps_order_and_dependencies_and_returns_our_errors(
+    session: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     executor = RayExecutor(2)
     assert executor.map_shards(lambda n: n * n, list(range(7))) == [n * n for n in range(7)]
+
+    def needs_its_base(shard: int) -> bool:
+        place = tmp_path / "base"
+        if shard == 0:
+            time.sleep(0.5)
+            place.touch()
+        return place.exists()
+
+    # shard 1 may overtake the base, shards 2 and 3 may not
+    assert executor.map_shards(needs_its_base, [0, 1, 2, 3], after=[None, None, 0, 0])[2:] == [True, True]
+    with pytest.raises(ValueError, match="earlier"):
+        executor.map_shards(needs_its_base, [0, 1], after=[1, None])
 
     def broken(shard: int) -> int:
         raise DataError(f"clip {shard} is broken")

@@ -265,6 +265,18 @@ def test_watched_terms_are_logged_without_gradient() -> None:
     assert metrics["reward/preference/weighted"] == 0.0 and metrics["reward/preference/raw"] != 0.0
 
 
+def test_similarity_is_watched_in_the_pass_of_a_driving_semantic_and_steers_nothing() -> None:
+    batch, moved = make_batch(), []
+    for weights in ({"semantic": 1.0}, {"semantic": 1.0, "similarity": 0.0}):
+        generator, reward = make(), Toy()
+        objective = Objective(weights, similarity_target="ground_truth")
+        metrics = run(make_engine(generator), generator, EasyTune(window=1), reward, objective=objective, batch=batch)
+        moved.append([p.detach().clone() for p in generator.network.parameters()])
+    assert reward.calls == [(("semantic", "similarity"), True)]
+    assert metrics["reward/similarity/raw"] != 0.0 and metrics["reward/similarity/weighted"] == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(*moved, strict=True))
+
+
 def test_metrics_are_named_by_path_and_complete() -> None:
     generator = make()
     metrics = run(make_engine(generator), generator, EasyTune(window=2), num_steps=8, progress=0.2)

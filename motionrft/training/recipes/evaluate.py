@@ -137,7 +137,7 @@ def evaluate_rows(
 
     Args:
         executor: where shards run.
-        specs: rows; the one called "before" is generated first, its motions are the similarity target of all others.
+        specs: rows; the motions of the one called "before" are the similarity target of all others, seed by seed.
         dataset: dataset folder.
         evaluators: name -> model folder.
         reward: for the reward columns.
@@ -170,12 +170,14 @@ def evaluate_rows(
         ]
 
     first = [job for spec in specs if spec.key == BASE for job in jobs(spec)]
-    rest = [job for spec in specs if spec.key != BASE for job in jobs(spec)]
+    # by seed, so that while the last base job runs there is other work that needs only the first ones
+    rest = sorted((job for spec in specs if spec.key != BASE for job in jobs(spec)), key=lambda job: job.seed)
+    place = {job.motions: i for i, job in enumerate(first)}
+    after = [None] * len(first) + [place.get(job.base_motions) for job in rest]
     found: dict[str, dict[str, list[Scores]]] = {name: {} for name in evaluators}
-    for wave in (first, rest):
-        for job, scores in zip(wave, executor.map_shards(score, wave), strict=True):
-            for name, value in scores.items():
-                found[name].setdefault(job.row, []).append(value)
+    for job, scores in zip([*first, *rest], executor.map_shards(score, [*first, *rest], after), strict=True):
+        for name, value in scores.items():
+            found[name].setdefault(job.row, []).append(value)
     rows = {name: {key: summarise(key, runs) for key, runs in by_row.items()} for name, by_row in found.items()}
     changes: dict[str, Any] = {}
     for name, by_row in found.items():
