@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 BENCHMARKS = {
     "memory": "motionrft.evaluation.benchmarks.memory",
     "convert": "motionrft.evaluation.benchmarks.convert",
+    "reward-train": "motionrft.evaluation.benchmarks.reward_train",
+    "reward-score": "motionrft.evaluation.benchmarks.reward_score",
     "ingest": "motionrft.cli.bench_ingest",
 }
 
@@ -25,6 +29,15 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found))
         return 0
-    for key, value in found.items():
-        print(f"{key:<28}{value}")
+    for key, value in _flat(found):
+        print(f"{key:<48}{value:.6g}" if isinstance(value, float) else f"{key:<48}{value}")
     return 0
+
+
+def _flat(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of nested figures."""
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

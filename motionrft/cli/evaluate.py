@@ -49,7 +49,15 @@ def run(options: argparse.Namespace) -> int:
     reward = RewardFolders(**{k: str(Path(v).resolve()) if v else "" for k, v in vars(inputs.reward).items()})
     with launcher.session():
         found = evaluate_rows(
-            launcher.executor(), rows, dataset, evaluators, reward, config.finetune.weights, recipe, options.run_dir
+            launcher.executor(),
+            rows,
+            dataset,
+            evaluators,
+            reward,
+            config.finetune.weights,
+            recipe,
+            options.run_dir,
+            config.finetune.term_modules,
         )
     summary: dict[str, Any] = {
         "split": recipe.split,

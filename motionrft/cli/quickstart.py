@@ -239,6 +239,7 @@ def run(config: RunConfig, run_dir: Path, launcher: Launcher, resume: bool, comm
                 config.finetune.weights,
                 replace(config.evaluate, seeds=config.quickstart.seeds),
                 run_dir / "evaluation",
+                config.finetune.term_modules,
             )
     with clock.part("report"):
         summary = _summary(plan, found, clock)

@@ -26,7 +26,7 @@ _SCHEMA = 1
 _WIDTHS = {
     Representation.KINEMATIC: (Representation.KINEMATIC.dim, KIT_LAYOUT.dim),
     Representation.JOINT: (Representation.JOINT.dim, KIT_LAYOUT.num_joints * 3),
-    Representation.ROTATION: (Representation.ROTATION.dim,),
+    Representation.ROTATION: (Representation.ROTATION.dim, 3 + KIT_LAYOUT.num_joints * 6),
 }
 
 

@@ -8,6 +8,7 @@ from motionrft.core.errors import ConfigError, explain
 from motionrft.core.types import Representation
 
 ALL_REPRESENTATIONS = tuple(r.value for r in Representation)
+JOINT_COUNTS = (22, 21)
 
 
 def check(*rules: tuple[bool, str], where: str) -> None:
@@ -55,6 +56,8 @@ class MotionRewardConfig:
     """Diffusion times the tower is trained for are below this; noisier states are labelled max_t - 1."""
     representations: tuple[str, ...] = ALL_REPRESENTATIONS
     """Representations the towers read."""
+    num_joints: int = 22
+    """Joints of the body: 22 (HumanML3D, SMPL) or 21 (KIT-ML)."""
 
     def __post_init__(self) -> None:
         """Report every contradiction at once."""
@@ -77,8 +80,14 @@ class MotionRewardConfig:
                 and len(set(self.representations)) == len(self.representations),
                 f"representations must be distinct names of {ALL_REPRESENTATIONS}",
             ),
+            (self.num_joints in JOINT_COUNTS, f"num_joints must be one of {JOINT_COUNTS}"),
             where="reward.model",
         )
+
+    def feature_dim(self, representation: str) -> int:
+        """Return features per frame F: 12 J - 1 kinematic, 3 J joint, 3 + 6 J rotation; 263, 66, 135 for 22 joints."""
+        joints = self.num_joints
+        return {"kinematic": 12 * joints - 1, "joint": 3 * joints, "rotation": 3 + 6 * joints}[str(representation)]
 
 
 @dataclass(frozen=True)

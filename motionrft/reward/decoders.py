@@ -9,7 +9,6 @@ from motionrft.core.types import valid_mask
 from motionrft.nn.embeddings import LearnedPositions
 from motionrft.nn.transformer import SkipDecoder
 from motionrft.reward.config import MotionRewardConfig
-from motionrft.reward.projections import feature_dim
 
 
 class MotionDecoder(nn.Module):
@@ -22,7 +21,10 @@ class MotionDecoder(nn.Module):
         self.positions = LearnedPositions(config.max_positions, dim)
         self.decoder = SkipDecoder(dim, config.decoder_layers, config.num_heads, config.ff_dim, config.dropout)
         self.final = nn.ModuleDict(
-            {name: nn.Linear(dim, feature_dim(name) * config.frames_per_token) for name in config.representations}
+            {
+                name: nn.Linear(dim, config.feature_dim(name) * config.frames_per_token)
+                for name in config.representations
+            }
         )
 
     def forward(self, z_Bd: Tensor, lengths_B: Tensor, num_frames: int, representation: str) -> Tensor:

@@ -12,7 +12,7 @@ from motionrft.core.errors import RepresentationError, explain
 from motionrft.nn.embeddings import LearnedPositions, TimeEmbedding
 from motionrft.nn.transformer import SkipEncoder
 from motionrft.reward.config import MotionRewardConfig
-from motionrft.reward.projections import Projection, feature_dim, stack_frames
+from motionrft.reward.projections import Projection, stack_frames
 
 
 class MotionTower(nn.Module):
@@ -33,7 +33,7 @@ class MotionTower(nn.Module):
         self.proj = nn.ModuleDict(
             {
                 name: Projection(
-                    feature_dim(name) * config.frames_per_token,
+                    config.feature_dim(name) * config.frames_per_token,
                     config.proj_hidden,
                     dim,
                     config.proj_layers,
@@ -71,10 +71,11 @@ class MotionTower(nn.Module):
             raise RepresentationError(
                 explain(f"one of {list(self.proj)}", repr(str(representation)), "motion tower", "Use a known one.")
             )
-        if motion_BTF.dim() != 3 or motion_BTF.shape[2] != feature_dim(representation):
+        features = self.config.feature_dim(representation)
+        if motion_BTF.dim() != 3 or motion_BTF.shape[2] != features:
             raise RepresentationError(
                 explain(
-                    f"(B, T, {feature_dim(representation)}) for {representation!s}",
+                    f"(B, T, {features}) for {representation!s} of {self.config.num_joints} joints",
                     str(tuple(motion_BTF.shape)),
                     "motion tower",
                     "Pass the motion in the representation named.",

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import motionrft.reward.terms_physical  # noqa: F401  registers its terms
 from motionrft.core.errors import ConfigError, RepresentationError, explain
-from motionrft.core.types import Condition, Representation, RewardTerms, valid_mask
+from motionrft.core.types import Condition, Representation, RewardTerms
 from motionrft.reward.adapters import ADAPTERS, AdaptedTower
 from motionrft.reward.backbone import RewardBackbone
 from motionrft.reward.encoders import MotionTower
 from motionrft.reward.losses import cosine
 from motionrft.reward.noise import time_of_noise_level
-from motionrft.reward.terms import LEARNED_TERMS, MotionScale, build_terms
+from motionrft.reward.terms import LEARNED_TERMS, TERMS, MotionScale, MotionView, RewardTerm
 
 
 class MotionReward(nn.Module):
@@ -53,7 +53,7 @@ class MotionReward(nn.Module):
         self.adapters = adapters
         self.trained_on = trained_on
         self.merged: nn.ModuleDict | None = None
-        self._terms = build_terms()
+        self._terms: dict[str, RewardTerm] = {}
         self.requires_grad_(False)
         self.eval()
 
@@ -89,7 +89,7 @@ class MotionReward(nn.Module):
         `noise_level` labels motion that carries noise, as in `score`.
         """
         with _full_precision(motion_BTD):
-            x = self._normalise(motion_BTD, lengths_B, representation)
+            x = self._view(motion_BTD, lengths_B, representation).normalised_BTD
             mu, _ = self.motion(x, lengths_B, representation, self._time(noise_level, len(x), x.device))
         return mu
 
@@ -123,8 +123,8 @@ class MotionReward(nn.Module):
         self._check(terms, target_BE, representation)
         values: dict[str, Tensor] = {}
         with _full_precision(motion_BTD):
-            x = self._normalise(motion_BTD, lengths_B, representation)
-            t_B = self._time(noise_level, len(x), x.device)
+            view = self._view(motion_BTD, lengths_B, representation)
+            x, t_B = view.normalised_BTD, self._time(noise_level, len(motion_BTD), motion_BTD.device)
             if "semantic" in terms or "similarity" in terms:
                 mu, _ = self.motion(x, lengths_B, representation, t_B)
                 if "semantic" in terms:
@@ -136,16 +136,13 @@ class MotionReward(nn.Module):
             if "authenticity" in terms:
                 logits = self._head("authenticity", x, lengths_B, representation, t_B)
                 values["authenticity"] = torch.sigmoid(logits[:, 0] - logits[:, 1])
-            for name in terms:
-                if name in self._terms:
-                    kind = Representation(representation)
-                    values[name] = self._terms[name](motion_BTD.float(), lengths_B, kind, self.normalizers[kind])
+            values |= {name: self._term(name)(view) for name in terms if name in TERMS}
         return RewardTerms({name: values[name] for name in terms})
 
     def head_outputs(self, name: str, motion_BTD: Tensor, lengths_B: Tensor, representation: Representation) -> Tensor:
         """Return what adapter `name`'s head says of clean motion: score (B, 1), or logits (B, 2) of real, generated."""
         with _full_precision(motion_BTD):
-            x = self._normalise(motion_BTD, lengths_B, representation)
+            x = self._view(motion_BTD, lengths_B, representation).normalised_BTD
             return self._head(name, x, lengths_B, representation, self._time(0.0, len(x), x.device))
 
     def _head(self, name: str, x: Tensor, lengths_B: Tensor, representation: str, t_B: Tensor | None) -> Tensor:
@@ -157,13 +154,19 @@ class MotionReward(nn.Module):
         mu, _ = tower(x, lengths_B, representation, t_B)
         return self.adapters.heads[name](mu)
 
-    def _normalise(self, motion_BTD: Tensor, lengths_B: Tensor, representation: str) -> Tensor:
+    def _term(self, name: str) -> RewardTerm:
+        """Return this reward's instance of a term, also of one registered after the reward was built."""
+        if name not in self._terms:
+            self._terms[name] = TERMS[name]()
+        return self._terms[name]
+
+    def _view(self, motion_BTD: Tensor, lengths_B: Tensor, representation: str) -> MotionView:
         if representation not in self.normalizers:
             raise RepresentationError(
                 explain(f"one of {list(self.normalizers)}", repr(str(representation)), "MotionReward", "Convert it.")
             )
-        x = self.normalizers[representation].normalise(motion_BTD.float())
-        return torch.where(valid_mask(lengths_B, x.shape[1])[..., None], x, 0.0)
+        normalizer = self.normalizers[representation]
+        return MotionView(motion_BTD.float(), lengths_B, Representation(representation), normalizer)
 
     def _time(self, noise_level: float, batch: int, device: torch.device) -> Tensor | None:
         if noise_level == 0.0 and self.config.time_token == "none_when_clean":
@@ -171,9 +174,9 @@ class MotionReward(nn.Module):
         return torch.full((batch,), time_of_noise_level(noise_level, self.config.max_t), device=device)
 
     def _check(self, terms: Sequence[str], target_BE: Tensor | None, representation: str) -> None:
-        unknown = [n for n in terms if n not in LEARNED_TERMS and n not in self._terms]
+        unknown = [n for n in terms if n not in LEARNED_TERMS and n not in TERMS]
         if unknown:
-            known = [*LEARNED_TERMS, *self._terms]
+            known = [*LEARNED_TERMS, *TERMS]
             raise ConfigError(explain(f"terms of {known}", str(unknown), "MotionReward.score", "Check the weights."))
         if self.adapters is None and {"preference", "authenticity"} & set(terms):
             raise ConfigError(

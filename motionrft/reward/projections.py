@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from motionrft.core.types import Representation, valid_mask
+from motionrft.core.types import valid_mask
 
 
 class Projection(nn.Sequential):
@@ -40,8 +40,3 @@ def stack_frames(motion_BTF: Tensor, lengths_B: Tensor, frames_per_token: int) -
         motion_BTF = pad(motion_BTF, (0, 0, 0, missing))
     tokens = motion_BTF.unflatten(1, (-1, frames_per_token)).flatten(2)
     return tokens, valid_mask((lengths_B + frames_per_token - 1) // frames_per_token, tokens.shape[1])
-
-
-def feature_dim(representation: str) -> int:
-    """Return features per frame of the representation called `representation`."""
-    return Representation(representation).dim

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from motionrft.core.types import Representation
+from motionrft.reward import terms
 from motionrft.reward.motion_reward import MotionReward
 from motionrft.reward.noise import noised
 from motionrft.reward.objectives import SemanticConfig, SemanticObjective
 from tests.reward_fixtures import NORMALIZERS, TINY, make_adapted, make_backbone, make_batch
 
-TERMS = ("semantic", "preference", "authenticity", "smoothness", "foot_sliding")
+TERMS = ("semantic", "preference", "authenticity", *terms.TERMS)
 REWARDS = {
     n: MotionReward(b, NORMALIZERS, make_adapted(b))
     for n in (1, 2, 3)
@@ -24,8 +25,8 @@ REWARDS = {
 
 
 def scores(reward: MotionReward, motion: torch.Tensor, lengths: torch.Tensor, name: str, text: torch.Tensor):
-    terms = reward.score(motion, lengths, Representation(name), text_BE=text, noise_level=0.2, terms=TERMS)
-    return torch.stack([terms.values[n] for n in TERMS])
+    found = reward.score(motion, lengths, Representation(name), text_BE=text, noise_level=0.2, terms=TERMS)
+    return torch.stack([found.values[n] for n in TERMS])
 
 
 @settings(max_examples=25, deadline=None)

@@ -173,18 +173,22 @@ def clean_registry() -> Iterator[None]:
 
 
 def test_a_user_term_is_scored_by_its_name(clean_registry: None) -> None:
+    reward = make_reward()  # built first: a term registered later is known to it
+
     @register_term
     class FirstFrameHeight:
         name = "first_frame_height"
 
-        def __call__(self, motion_BTD, lengths_B, representation, normalizer):
-            return motion_BTD[:, 0, 1]
+        def __call__(self, motion):
+            return motion.motion_BTD[:, 0, 1]
 
     batch = make_batch()
-    values = score(make_reward(), "joint", ("first_frame_height",))
+    values = score(reward, "joint", ("first_frame_height",))
     assert torch.equal(values["first_frame_height"], batch.motions["joint"][:, 0, 1])
-    with pytest.raises(ConfigError, match="unused term name"):
-        register_term(FirstFrameHeight)
+    assert register_term(FirstFrameHeight) is FirstFrameHeight  # a notebook cell run twice
+    for taken in ("first_frame_height", "semantic"):
+        with pytest.raises(ConfigError, match="unused term name"):
+            register_term(type("Another", (), {"name": taken}))
 
 
 def test_smoothness_is_zero_on_straight_lines_and_minus_the_mean_square_otherwise() -> None:

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from motionrft.core.errors import ConfigError, RepresentationError
-from motionrft.core.types import valid_mask
+from motionrft.core.types import Representation, valid_mask
 from motionrft.nn.transformer import SkipEncoder
+from motionrft.representations.normalize import Normalizer
 from motionrft.reward.backbone import RewardBackbone, build_backbone
 from motionrft.reward.checkpoint_keys import adapter_rules, backbone_rules, from_released, to_released
 from motionrft.reward.config import PRESETS, MotionRewardConfig, reward_preset
-from tests.reward_fixtures import TINY, make_adapted, make_backbone, make_batch
+from motionrft.reward.motion_reward import MotionReward
+from motionrft.reward.objectives import SemanticConfig, SemanticObjective
+from tests.reward_fixtures import NORMALIZERS, TINY, make_adapted, make_backbone, make_batch
 
 PUBLISHED = {
     "retrieval_original": 26_817_232,
@@ -97,6 +100,46 @@ def test_wrong_representation_or_feature_count_raises() -> None:
         tower(torch.zeros(1, 4, 263), lengths, "kinematic")
     with pytest.raises(RepresentationError, match=r"\(B, T, 66\)"):
         tower(torch.zeros(1, 4, 135), lengths, "joint")
+
+
+KIT_WIDTHS = {"kinematic": 251, "joint": 63, "rotation": 129}
+
+
+def test_twenty_two_joints_have_the_widths_of_the_representations() -> None:
+    assert {r: TINY.feature_dim(r) for r in Representation} == {r: r.dim for r in Representation}
+
+
+@pytest.mark.parametrize("frames_per_token", [1, 2])
+def test_a_kit_sized_model_trains_scores_and_decodes_features_of_21_joints(frames_per_token: int) -> None:
+    config = replace(TINY, num_joints=21, frames_per_token=frames_per_token)
+    backbone, batch = make_backbone(config), make_batch()
+    motions = {Representation(n): batch.motions[Representation(n)][..., :w] for n, w in KIT_WIDTHS.items()}
+    objective = SemanticObjective(backbone, NORMALIZERS, SemanticConfig(), seed=0)
+    loss, _ = objective(**objective.inputs(replace(batch, motions=motions), 0))
+    loss.backward()
+    assert all(p.grad is not None for p in [*backbone.motion.proj.parameters(), *backbone.decoder.final.parameters()])
+    statistics = {r: Normalizer(torch.zeros(w), torch.ones(w), Representation(r)) for r, w in KIT_WIDTHS.items()}
+    reward = MotionReward(backbone, {Representation(r): n for r, n in statistics.items()}, make_adapted(backbone))
+    text = reward.encode_text(batch.text)
+    for name, width in KIT_WIDTHS.items():
+        kind = Representation(name)
+        assert config.feature_dim(name) == width
+        assert backbone.decoder(torch.zeros(6, TINY.latent_dim), batch.lengths_B, 12, name).shape == (6, 12, width)
+        terms = ["semantic", "preference", "authenticity", "smoothness"]
+        found = reward.score(motions[kind], batch.lengths_B, kind, text_BE=text, terms=terms).values
+        assert all(v.isfinite().all() for v in found.values())
+        with pytest.raises(RepresentationError, match=rf"\(B, T, {width}\).* of 21 joints"):
+            reward.motion(batch.motions[kind], batch.lengths_B, name)
+
+
+def test_the_presets_are_of_22_joints_and_other_bodies_are_refused() -> None:
+    assert {p.num_joints for p in PRESETS.values()} == {22}
+    with torch.device("meta"):
+        tiny, kit = (count(RewardBackbone(replace(PRESETS["tiny"], num_joints=j))) for j in (22, 21))
+    # one joint less: 12 + 3 + 6 features of width 256 going in and (width 128 and a bias) coming out
+    assert tiny - kit == 21 * 256 + 21 * (128 + 1)
+    with pytest.raises(ConfigError, match="num_joints must be one of"):
+        MotionRewardConfig(num_joints=24)
 
 
 @pytest.mark.parametrize("frames_per_token", [1, 2, 3])

@@ -26,7 +26,7 @@ from motionrft.evaluation.pools import retrieval_pools, too_small
 from motionrft.evaluation.protocol import Reference, Row, Scores, paired_changes, score_motions, summarise
 from motionrft.generators.sampling import generate
 from motionrft.reward.motion_reward import MotionReward
-from motionrft.reward.terms import LEARNED_TERMS
+from motionrft.reward.terms import LEARNED_TERMS, import_terms
 from motionrft.training.recipes.common import Split
 from motionrft.training.recipes.generator import load_generator
 from motionrft.training.recipes.reward import load_reward
@@ -100,6 +100,7 @@ class ScoreJob:
     reward: RewardFolders
     weights: Mapping[str, float]
     recipe: EvaluateRecipe
+    term_modules: tuple[str, ...] = ()  # where terms of `weights` are defined
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ def evaluate_rows(
     weights: Mapping[str, float],
     recipe: EvaluateRecipe,
     folder: Path,
+    term_modules: tuple[str, ...] = (),
 ) -> Evaluation:
     """Score every row under every evaluator; motions are kept in FOLDER/motions.
 
@@ -144,6 +146,7 @@ def evaluate_rows(
         weights: of the reward total.
         recipe: split, steps, pools.
         folder: of the evaluation.
+        term_modules: modules that register the user's terms among `weights`.
     """
     (folder / "motions").mkdir(parents=True, exist_ok=True)
     base = next((spec for spec in specs if spec.key == BASE), None)
@@ -165,6 +168,7 @@ def evaluate_rows(
                 reward=reward,
                 weights=weights,
                 recipe=recipe,
+                term_modules=term_modules,
             )
             for seed in seeds
         ]
@@ -253,6 +257,7 @@ def _rewards(job: ScoreJob, motions: MotionSet, batch: MotionBatch) -> dict[str,
     """Return reward terms per clip and their weighted sum; nothing where no reward is given."""
     if not job.reward.backbone:
         return {}
+    import_terms(job.term_modules, "finetune.term_modules")  # shards run in processes that parsed no configuration
     reward = _reward(job.reward)
     if motions.representation.value not in reward.config.representations:
         return {}

@@ -15,7 +15,7 @@ from motionrft.core.types import Representation
 from motionrft.evaluation.protocol import Scores
 from motionrft.finetune.step import SIMILARITY_TARGETS, Objective, rollout_step
 from motionrft.finetune.strategies import EasyTune, Strategy
-from motionrft.reward.terms import LEARNED_TERMS, TERMS
+from motionrft.reward.terms import LEARNED_TERMS, TERMS, import_terms
 from motionrft.training.checkpoint import Card, CheckpointStore
 from motionrft.training.loop import run_loop
 from motionrft.training.metrics import MetricsWriter
@@ -35,6 +35,8 @@ class FinetuneRecipe:
         default_factory=lambda: {"semantic": 1.0, "preference": 0.002, "authenticity": 0.002, "similarity": 1.0}
     )
     """Reward term -> weight. Terms with weight 0 are computed and logged. Defaults are the paper's."""
+    term_modules: tuple[str, ...] = ()
+    """Modules that register your own reward terms: imported by every process that reads this configuration."""
     similarity_target: str = "reference"
     """"reference": what the frozen generator makes of the same noise (paper). "ground_truth": the clip (released
     code)."""
@@ -56,7 +58,8 @@ class FinetuneRecipe:
     """Batches between validation scores (needs an evaluator); 0 = never."""
 
     def __post_init__(self) -> None:
-        """Report every contradiction at once."""
+        """Import the user's terms, then report every contradiction at once."""
+        import_terms(self.term_modules, "finetune.term_modules")
         known = [*LEARNED_TERMS, *TERMS]
         unknown = [n for n in self.weights if n not in known]
         negative = [n for n, w in self.weights.items() if not w >= 0]
