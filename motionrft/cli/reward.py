@@ -75,6 +75,7 @@ def _score(options: argparse.Namespace) -> int:
         tuple(t.strip() for t in options.terms.split(",")) if options.terms else (),
         options.text_encoder,
         {k: w for k, w in config.finetune.weights.items() if w},
+        config.finetune.term_modules,
     )
     write_run_config(options.run_dir, config, command_line())
     with launcher.session():

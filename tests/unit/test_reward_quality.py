@@ -224,6 +224,9 @@ def test_scores_do_not_depend_on_how_motions_are_shared_out(
         found = score_motions.score_motions(LocalExecutor(), folders, request, tmp_path / f"{size}.parquet")
         tables.append(pq.read_table(found["table"]).to_pydict())
     assert tables[0]["name"] == tables[1]["name"] and len(tables[0]["name"]) == found["motions"] == 8
+    asked = replace(request, terms=("joint_jerk", "floor_penetration"), weights={"joint_jerk": 1.0, "semantic": 1.0})
+    found = score_motions.score_motions(LocalExecutor(), folders, asked, tmp_path / "rules.parquet")
+    assert set(found["mean"]) == {"joint_jerk", "floor_penetration", "total"} and found["mean"]["joint_jerk"] < 0
     for term in ("semantic", "similarity", "total"):
         assert tables[0][term] == pytest.approx(tables[1][term], abs=1e-6)
     assert tables[0]["similarity"] == pytest.approx([1.0] * 8, abs=1e-6)

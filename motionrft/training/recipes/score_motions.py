@@ -21,6 +21,7 @@ from motionrft.core.protocols import Executor
 from motionrft.core.types import Representation
 from motionrft.nn.text import TextEncoder, load_text_encoder
 from motionrft.reward.motion_reward import MotionReward
+from motionrft.reward.terms import import_terms
 from motionrft.training.checkpoint import load_checkpoint
 from motionrft.training.recipes.evaluate import RewardFolders
 from motionrft.training.recipes.reward import BACKBONE
@@ -39,6 +40,7 @@ class ScoreRequest:
     terms: tuple[str, ...] = ()  # empty = all the reward has and the input allows
     text_encoder: str = "minilm"
     weights: Mapping[str, float] | None = None  # of the total; terms that are not computed are left out of it
+    term_modules: tuple[str, ...] = ()  # modules that register the user's own terms
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def score_motions(executor: Executor, folders: RewardFolders, request: ScoreRequ
         _Shard(i, files.motions[i : i + _SHARD], captions[i : i + _SHARD], references[i : i + _SHARD])
         for i in range(0, len(files.motions), _SHARD)
     ]
-    work = partial(_score_shard, folders, request.text_encoder, files.representation, terms)
+    work = partial(_score_shard, folders, request.text_encoder, files.representation, terms, request.term_modules)
     parts = executor.map_shards(work, shards)
     values = {name: np.concatenate([p[name] for p in parts]) for name in terms}
     used = {n: w for n, w in (request.weights or {}).items() if n in values}
@@ -184,8 +186,14 @@ def _captions(request: ScoreRequest, files: MotionFile) -> tuple[str, ...]:
 
 @torch.no_grad()
 def _score_shard(
-    folders: RewardFolders, text_encoder: str, representation: Representation, terms: Sequence[str], shard: _Shard
+    folders: RewardFolders,
+    text_encoder: str,
+    representation: Representation,
+    terms: Sequence[str],
+    term_modules: Sequence[str],
+    shard: _Shard,
 ) -> dict[str, np.ndarray]:
+    import_terms(term_modules, "finetune.term_modules")
     reward, encoder = _loaded(folders, text_encoder)
     motion, lengths = _padded(shard.motions)
     target = reward.embed(*_padded(shard.references), representation) if shard.references else None
