@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from motionrft.core.types import Representation
 from motionrft.reward import terms
 from motionrft.reward.motion_reward import MotionReward
 from motionrft.reward.noise import noised
-from motionrft.reward.objectives import SemanticConfig, SemanticObjective
+from motionrft.reward.objectives import Relations, SemanticConfig, SemanticObjective
 from tests.reward_fixtures import NORMALIZERS, TINY, make_adapted, make_backbone, make_batch
 
 TERMS = ("semantic", "preference", "authenticity", *terms.TERMS)
@@ -91,6 +91,7 @@ def test_stage1_loss_ignores_more_padding_and_the_order_of_clips(frames_per_toke
     order = torch.tensor([3, 1, 5, 0, 4, 2])
     moved = {k: v[order] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     moved["motions"] = {n: m[order] for n, m in inputs["motions"].items()}
+    moved["relations"] = Relations(*(getattr(inputs["relations"], f.name)[order] for f in fields(Relations)))
     assert objective(**moved)[0].item() == pytest.approx(want, rel=1e-5)
 
 
