@@ -110,7 +110,7 @@ def run_semantic(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
     plain = copy.deepcopy(backbone)
     on_device = {r: n.to(runtime.device) for r, n in normalizers.items()}
     objective = SemanticObjective(backbone, on_device, job.recipe.semantic, job.seed, runtime, spl)
-    seed = derive_seed("reward", job.seed) if spl is None else derive_seed("refine", job.seed)
+    seed = derive_seed("reward" if job.refine is None else "refine", job.seed)
     batches = BatchSource(split, list(normalizers), job.recipe.max_frames, settings.batch_size, seed, runtime)
     bank = None
     if spl is not None and spl.mode == "bank":
