@@ -62,7 +62,7 @@ class EncoderCard:
 
     name: str
     fingerprint: str
-    dim: int
+    dim: int  # features per token
 
 
 class CaptionEncoder:
@@ -80,7 +80,7 @@ class CaptionEncoder:
         flat = [tokens[i, :n].reshape(-1) for i, n in enumerate(counts)]
         offsets = np.concatenate([[0], np.cumsum([len(f) for f in flat])]).astype(np.int32)
         pooled = condition.pooled_BD.numpy()
-        pooled_offsets = np.arange(len(counts) + 1, dtype=np.int32) * self.card.dim
+        pooled_offsets = np.arange(len(counts) + 1, dtype=np.int32) * pooled.shape[1]
         return pa.Table.from_arrays(
             [
                 pa.array(list(captions), pa.string()),

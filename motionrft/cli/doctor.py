@@ -51,6 +51,8 @@ def run(options: argparse.Namespace) -> int:
         found = importlib.util.find_spec(module) is not None
         state = metadata.version(package) if found else f"absent, for {use}: pip install 'motionrft[{extra}]'"
         print(f"{package:<20}{state}")
+    print("text encoders       minilm (above), or prepare.text_encoder=FOLDER; released rewards read Sentence-T5:")
+    print("                    hf download sentence-transformers/sentence-t5-large --local-dir FOLDER")
     if "torch" not in missing:
         import torch
 

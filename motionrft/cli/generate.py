@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("--caption", action="append", default=[], help="what the body does; may be given often")
     parser.add_argument("--captions", type=Path, help="text file, one caption per line")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of each motion")
-    parser.add_argument("--text-encoder", default="minilm", help="minilm, or a sentence-transformer folder")
+    parser.add_argument("--text-encoder", default="minilm", help="minilm, or a sentence-transformer folder or hub name")
     add_run_arguments(parser, "runs/generate")
 
 

@@ -26,7 +26,7 @@ from motionrft.training.recipes.released_reward import (
 )
 
 SENTENCE_T5, SENTENCE_T5_DIM = "sentence-t5-large", 1024
-"""Recorded by name, not by hash: no file of that encoder is at hand when weights are imported."""
+"""The encoder the released weights were trained with. Without its folder it is recorded by name, not by fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,12 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
     statistics = parser.add_mutually_exclusive_group()
     statistics.add_argument("--stats", type=Path, help="folder with Mean.npy, Std.npy, Mean_22x3.npy, Mean_135.npy ...")
     statistics.add_argument("--dataset", type=Path, help="prepared dataset whose statistics are those of the weights")
-    parser.add_argument("--text-encoder", default=SENTENCE_T5, help=f"default {SENTENCE_T5}; or a name or local folder")
+    parser.add_argument(
+        "--text-encoder",
+        default="",
+        metavar="FOLDER",
+        help=f"folder of the text encoder of the weights ({SENTENCE_T5}), so that datasets can be checked against it",
+    )
     parser.add_argument("--clean-timestep", choices=("none", "0"), default="none", help="time token of clean motion")
     parser.add_argument("--lora-alpha", type=float, default=0.0, help="where adapter files do not say")
 
@@ -77,7 +82,7 @@ def _run_import(options: argparse.Namespace) -> None:
         "none_when_clean" if options.clean_timestep == "none" else "always",
         options.lora_alpha,
     )
-    encoder = None if options.text_encoder == SENTENCE_T5 else load_text_encoder(options.text_encoder)
+    encoder = load_text_encoder(options.text_encoder) if options.text_encoder else None
     mark, text_dim = (SENTENCE_T5, SENTENCE_T5_DIM) if encoder is None else (encoder.fingerprint, encoder.dim)
     found = import_motionreward(options.path, options.out, normalizers, mark, choices, text_dim)
     sizes = found.config
@@ -85,6 +90,11 @@ def _run_import(options: argparse.Namespace) -> None:
           f"adapters of rank {found.adapter.rank} and alpha {found.adapter.alpha:g}")  # fmt: skip
     if found.ignored:
         print(f"left out {len(found.ignored)} tensors that are not part of the backbone, e.g. {found.ignored[0]}")
+    if encoder is None:
+        print(
+            f"warning: the text encoder is recorded by name only ({SENTENCE_T5}). Of a dataset only the width of its "
+            f"features ({SENTENCE_T5_DIM}) can be checked, not which encoder made them: give --text-encoder FOLDER"
+        )
     print("authenticity of rotation motion was never trained in the published adapter: scoring it is refused")
     for name, folder in found.folders.items():
         print(f"inputs.reward.{name}={folder}")

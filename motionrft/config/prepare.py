@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 from motionrft.core.errors import ConfigError
@@ -38,7 +39,7 @@ class PrepareConfig:
     repair_frames: int = 0  # interpolate up to this many consecutive broken frames (at most 3); 0 = reject
     val_frac: float = 0.1  # bvh: share of clips by hash, where the mapping names no split
     test_frac: float = 0.1
-    text_encoder: str = "minilm"  # minilm | stub | folder of a sentence transformer
+    text_encoder: str = "minilm"  # minilm | stub | folder or hub name of a sentence transformer (MiniLM, Sentence-T5)
     text_cache: str = ""  # folder for text features shared by datasets; "" = none
     max_reject_frac: float = 0.05  # above this share of unusable clips the preparation fails
     clips_per_shard: int = 1024
@@ -99,4 +100,5 @@ class PrepareConfig:
 
     def options(self) -> dict[str, Any]:
         """Return the choices that shape the output, for the manifest: no place, no worker count."""
-        return {k: v for k, v in asdict(self).items() if k not in _LAYOUT_FIELDS}
+        chosen = {k: v for k, v in asdict(self).items() if k not in _LAYOUT_FIELDS}
+        return chosen | {"text_encoder": PurePath(self.text_encoder).name}  # which one it is says its fingerprint

@@ -39,7 +39,7 @@ class Condition:
 
     tokens_BLD: Tensor  # (B, L, D) float32, zeros where masked
     mask_BL: Tensor  # (B, L) bool
-    pooled_BD: Tensor  # (B, D) float32, sentence embedding (unit norm for sentence encoders)
+    pooled_BD: Tensor  # (B, D) float32, sentence embedding (unit norm for sentence encoders); its D may be another
 
     def __len__(self) -> int:
         return self.pooled_BD.shape[0]

@@ -49,7 +49,7 @@ class Manifest:
     classes: tuple[str, ...]  # class_id is the index
     text_encoder: str  # fingerprint
     text_encoder_name: str
-    text_dim: int
+    text_dim: int  # features per token
     options: Mapping[str, Any]  # every choice of the preparation that shapes the output
     quality: Mapping[str, int]  # read, clips, rejected, then rejected per code
     stats: Mapping[str, str]  # representation -> normaliser fingerprint

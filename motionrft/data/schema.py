@@ -58,7 +58,7 @@ TEXT_SCHEMA = pa.schema(
         ("caption", pa.string()),
         ("n_tokens", pa.int32()),  # L
         ("tokens", pa.list_(pa.float16())),  # L * D
-        ("pooled", pa.list_(pa.float32())),  # D
+        ("pooled", pa.list_(pa.float32())),  # P, not always D
     ]
 )
 """Columns of text/*/part-*.parquet; the empty caption is always there (unconditional guidance needs it)."""

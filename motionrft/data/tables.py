@@ -1,6 +1,6 @@
 """Clips and text features in memory, as the Arrow tables they were read from: decoding is a slice, nothing is copied.
 
-Letters: N items, T frames, D features, B captions, L tokens.
+Letters: N items, T frames, D features, B captions, L tokens, P features of a sentence vector.
 """
 
 from __future__ import annotations
@@ -177,7 +177,8 @@ class TextTable:
     Attributes:
         captions: all captions, in file order.
         fingerprint: of the encoder.
-        dim: D.
+        dim: D, features per token.
+        pooled_dim: P, features of the sentence vector.
     """
 
     def __init__(self, table: pa.Table, fingerprint: str) -> None:
@@ -189,7 +190,8 @@ class TextTable:
         self._rows = {caption: row for row, caption in enumerate(self.captions)}
         self._tokens, self._pooled = ListColumn(table["tokens"]), ListColumn(table["pooled"])
         self._counts = table["n_tokens"].to_numpy().astype(np.int64)
-        self.dim = int(self._pooled.sizes[0]) if len(self.captions) else 0
+        self.dim = int(self._tokens.sizes.sum() // max(self._counts.sum(), 1))
+        self.pooled_dim = int(self._pooled.sizes[0]) if len(self.captions) else 0
 
     @classmethod
     def open(cls, dataset: Dataset) -> TextTable:
@@ -210,7 +212,7 @@ class TextTable:
         return caption in self._rows
 
     def condition(self, captions: Sequence[str]) -> Condition:
-        """Return features of captions: tokens (B, L, D), mask (B, L), pooled (B, D); L is the longest of these.
+        """Return features of captions: tokens (B, L, D), mask (B, L), pooled (B, P); L is the longest of these.
 
         Raises:
             DataError: a caption that was not encoded.
@@ -229,7 +231,7 @@ class TextTable:
         lengths_B = torch.from_numpy(self._counts[rows]) if rows else torch.zeros(0, dtype=torch.int64)
         longest = int(lengths_B.max()) if rows else 0
         tokens = np.zeros((len(rows), longest, self.dim), dtype=np.float32)
-        pooled = np.zeros((len(rows), self.dim), dtype=np.float32)
+        pooled = np.zeros((len(rows), self.pooled_dim), dtype=np.float32)
         for i, row in enumerate(rows):
             tokens[i, : self._counts[row]] = self._tokens.row(row).reshape(-1, self.dim)
             pooled[i] = self._pooled.row(row)

@@ -19,7 +19,7 @@ class GeneratorConfig:
     family: str = "mdm"
     """Name in `FAMILIES`."""
     mdm: MDMConfig = field(default_factory=MDMConfig)
-    """Sizes and variant of the mdm family. Its text_dim is replaced by the text encoder's size when building."""
+    """Sizes and variant of the mdm family. Its text_dim is replaced by the size of the text features when building."""
     max_frames: int = 60
     """Longest motion the generator is trained for."""
     train_steps: int = 1000
@@ -63,6 +63,11 @@ def _build_mdm(config: GeneratorConfig, normalizer: Normalizer, spec: GeneratorS
 FAMILIES: dict[str, Builder] = {"mdm": _build_mdm}
 
 
+def text_width(config: GeneratorConfig, token_dim: int, pooled_dim: int) -> int:
+    """Return the size of the text features a generator reads: of tokens, or of the sentence vector."""
+    return token_dim if config.mdm.text == "tokens" else pooled_dim
+
+
 def build_generator(
     config: GeneratorConfig, normalizer: Normalizer, *, text_dim: int, text_encoder: str, fps: float
 ) -> MotionGenerator:
@@ -71,7 +76,7 @@ def build_generator(
     Args:
         config: family, sizes, sampler.
         normalizer: statistics of the representation it generates.
-        text_dim: feature size of the text encoder.
+        text_dim: size of the text features it reads; see `text_width`.
         text_encoder: fingerprint of the text encoder.
         fps: frames per second of the motions.
     """

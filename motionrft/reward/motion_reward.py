@@ -5,6 +5,7 @@ Letters: B batch, T frames, D features, E = d latent.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -20,6 +21,9 @@ from motionrft.reward.losses import cosine
 from motionrft.reward.noise import time_of_noise_level
 from motionrft.reward.terms import LEARNED_TERMS, TERMS, MotionScale, MotionView, RewardTerm
 
+_FINGERPRINT = re.compile("[0-9a-f]{64}")
+_PREPARE = "Prepare the dataset with prepare.text_encoder=FOLDER, the folder of that encoder."
+
 
 class MotionReward(nn.Module):
     """Deterministic, frozen, float32: posterior means, eval mode, gradients through the motion only.
@@ -32,6 +36,8 @@ class MotionReward(nn.Module):
         normalizers: `Normalizer` per representation: the statistics the backbone was trained with, on its device.
         adapters: trained adapters and heads on that backbone; without them only the other terms exist.
         trained_on: adapter -> representations it was trained on, an adapter not named on none; None = all on all.
+        text_encoder: fingerprint of the encoder whose features the text tower reads; a mere name, or "", where no
+            fingerprint is known.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class MotionReward(nn.Module):
         normalizers: Mapping[Representation, MotionScale],
         adapters: AdaptedTower | None = None,
         trained_on: Mapping[str, Collection[str]] | None = None,
+        text_encoder: str = "",
     ) -> None:
         super().__init__()
         self.config = backbone.config
@@ -52,6 +59,7 @@ class MotionReward(nn.Module):
         self.motion, self.text = backbone.motion, backbone.text
         self.adapters = adapters
         self.trained_on = trained_on
+        self.text_encoder = text_encoder
         self.merged: nn.ModuleDict | None = None
         self._terms: dict[str, RewardTerm] = {}
         self.requires_grad_(False)
@@ -77,9 +85,33 @@ class MotionReward(nn.Module):
         if condition.tokens_BLD.shape[-1] != self.config.text_token_dim:
             expected = f"captions encoded with {self.config.text_token_dim} features per token"
             got = f"{condition.tokens_BLD.shape[-1]} features"
-            raise ConfigError(explain(expected, got, "MotionReward.encode_text", "Prepare with its text encoder."))
+            raise ConfigError(explain(expected, got, "MotionReward.encode_text", _PREPARE))
         mu, _ = self.text(condition.tokens_BLD.float(), condition.mask_BL)
         return mu
+
+    def check_text_encoder(self, fingerprint: str, where: str) -> bool:
+        """Return whether captions are known to be encoded as the reward was trained; False = it holds no fingerprint.
+
+        Args:
+            fingerprint: of the encoder that made the features.
+            where: they are, for the message.
+
+        Raises:
+            ConfigError: they come from another text encoder.
+        """
+        if not _FINGERPRINT.fullmatch(self.text_encoder):
+            return False
+        if fingerprint != self.text_encoder:
+            expected = f"captions encoded by the reward's text encoder {self.text_encoder[:12]}"
+            raise ConfigError(explain(expected, f"by {fingerprint[:12]}", where, _PREPARE))
+        return True
+
+    def terms_for(self, representation: Representation) -> tuple[str, ...]:
+        """Return the terms this reward has for motion of a representation; none for one it does not know."""
+        if representation not in self.normalizers:
+            return ()
+        learned = [n for n in LEARNED_TERMS if n not in ADAPTERS or self._knows(n, representation)]
+        return (*learned, *TERMS)
 
     def embed(
         self, motion_BTD: Tensor, lengths_B: Tensor, representation: Representation, noise_level: float = 0.0
@@ -120,7 +152,11 @@ class MotionReward(nn.Module):
             RepresentationError: for a representation the reward does not know or a term's adapter was not trained on,
                 or the wrong number of features.
         """
-        self._check(terms, target_BE, representation)
+        self.check_terms(terms, representation)
+        if "similarity" in terms and target_BE is None:
+            raise ConfigError(
+                explain("target_BE for 'similarity'", "None", "MotionReward.score", "Embed the reference motion first.")
+            )
         values: dict[str, Tensor] = {}
         with _full_precision(motion_BTD):
             view = self._view(motion_BTD, lengths_B, representation)
@@ -161,10 +197,7 @@ class MotionReward(nn.Module):
         return self._terms[name]
 
     def _view(self, motion_BTD: Tensor, lengths_B: Tensor, representation: str) -> MotionView:
-        if representation not in self.normalizers:
-            raise RepresentationError(
-                explain(f"one of {list(self.normalizers)}", repr(str(representation)), "MotionReward", "Convert it.")
-            )
+        self._check_representation(representation)
         normalizer = self.normalizers[representation]
         return MotionView(motion_BTD.float(), lengths_B, Representation(representation), normalizer)
 
@@ -173,36 +206,53 @@ class MotionReward(nn.Module):
             return None
         return torch.full((batch,), time_of_noise_level(noise_level, self.config.max_t), device=device)
 
-    def _check(self, terms: Sequence[str], target_BE: Tensor | None, representation: str) -> None:
+    def check_terms(self, terms: Sequence[str], representation: Representation) -> None:
+        """Refuse terms this reward cannot give for motion of a representation.
+
+        Raises:
+            ConfigError: an unknown term, or a learned one without any adapter.
+            RepresentationError: the reward does not know the representation, or a term's adapter was not trained on it.
+        """
         unknown = [n for n in terms if n not in LEARNED_TERMS and n not in TERMS]
         if unknown:
             known = [*LEARNED_TERMS, *TERMS]
-            raise ConfigError(explain(f"terms of {known}", str(unknown), "MotionReward.score", "Check the weights."))
-        if self.adapters is None and {"preference", "authenticity"} & set(terms):
+            raise ConfigError(explain(f"terms of {known}", str(unknown), "MotionReward", "Check the weights."))
+        self._check_representation(representation)
+        if self.adapters is None and set(ADAPTERS) & set(terms):
             raise ConfigError(
                 explain(
                     "trained preference and authenticity adapters",
                     "a reward without adapters",
-                    "MotionReward.score",
+                    "MotionReward",
                     "Train them, or set the weights of these terms to 0.",
                 )
             )
         for name in ADAPTERS:
             # An adapter returns a number for any motion; on what it never saw in training that number is noise.
-            if name in terms and self.trained_on is not None and representation not in self.trained_on.get(name, ()):
-                known = [str(r) for r in self.trained_on.get(name, ())]
+            if name in terms and not self._knows(name, representation):
+                known = [str(r) for r in (self.trained_on or {}).get(name, ())]
+                if not known:
+                    do = f"Give inputs.reward.{name}, or set its weight to 0."
+                    raise RepresentationError(explain(f"a loaded {name!r} adapter", "none", "MotionReward", do))
                 raise RepresentationError(
                     explain(
-                        f"motion of {known} for {name!r}" if known else f"a loaded {name!r} adapter",
+                        f"motion of {known} for {name!r}",
                         f"{str(representation)!r}, on which this adapter was not trained",
-                        "MotionReward.score",
-                        f"Convert the motion, or leave inputs.reward.{name} empty and its weight 0.",
+                        "MotionReward",
+                        f"Convert the motion, or set the weight of {name} to 0: it is left out then.",
                     )
                 )
-        if "similarity" in terms and target_BE is None:
-            raise ConfigError(
-                explain("target_BE for 'similarity'", "None", "MotionReward.score", "Embed the reference motion first.")
+
+    def _check_representation(self, representation: str) -> None:
+        if representation not in self.normalizers:
+            raise RepresentationError(
+                explain(f"one of {list(self.normalizers)}", repr(str(representation)), "MotionReward", "Convert it.")
             )
+
+    def _knows(self, adapter: str, representation: str) -> bool:
+        if self.adapters is None:
+            return False
+        return self.trained_on is None or representation in self.trained_on.get(adapter, ())
 
 
 def _full_precision(motion_BTD: Tensor) -> torch.autocast:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from motionrft.core.errors import ConfigError
-from motionrft.nn import text
+from motionrft.nn import sentence_models
 from motionrft.nn.text import MiniLM, StubEncoder, TextEncoder, load_text_encoder
 
 CAPTIONS = [
@@ -74,7 +74,7 @@ def test_fingerprint_tells_encoders_apart(minilm: MiniLM) -> None:
 
 
 def test_absent_package_and_unknown_names_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setattr(text, "_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(sentence_models, "_PACKAGE", "no_such_package_here")
     with pytest.raises(ConfigError, match=r"pip install motionrft\[quickstart\]"):
         load_text_encoder("minilm")
     with pytest.raises(ConfigError, match="Check the name or the path"):

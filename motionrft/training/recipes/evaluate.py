@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from motionrft.core.errors import ConfigError, DataError
-from motionrft.core.protocols import Executor
+from motionrft.core.protocols import Executor, MotionGenerator
 from motionrft.core.types import MotionBatch, Representation
 from motionrft.data.sampler import eval_batches
 from motionrft.evaluation.card import load_evaluator
@@ -29,7 +29,7 @@ from motionrft.reward.motion_reward import MotionReward
 from motionrft.reward.terms import LEARNED_TERMS, import_terms
 from motionrft.training.recipes.common import Split
 from motionrft.training.recipes.generator import load_generator
-from motionrft.training.recipes.reward import load_reward
+from motionrft.training.recipes.reward import load_reward, require_text_encoder
 
 _LOG = logging.getLogger(__name__)
 
@@ -208,7 +208,9 @@ def score(job: ScoreJob) -> dict[str, Scores]:
     """Return the scores of one shard under every evaluator, and keep its motions."""
     split = _split(job.dataset, job.recipe.split)
     batch = _everything(job.dataset, job.recipe.split, job.recipe.max_frames)
-    motions = _generated(job, batch) if job.generator else _real_set(batch, split)
+    generator = load_generator(job.generator) if job.generator else None
+    terms = _reward_terms(job, Representation.KINEMATIC if generator is None else generator.spec.representation)
+    motions = _real_set(batch, split) if generator is None else _generated(job, generator, batch)
     Path(job.motions).parent.mkdir(parents=True, exist_ok=True)
     np.savez(
         job.motions,
@@ -217,7 +219,7 @@ def score(job: ScoreJob) -> dict[str, Scores]:
         representation=np.array(motions.representation.value),
         fps=np.array(motions.fps),
     )
-    rewards = _rewards(job, motions, batch)
+    rewards = _rewards(job, terms, motions, batch)
     pools = _pools(batch, job.recipe)
     scores = {}
     for name, folder in job.evaluators.items():
@@ -238,8 +240,7 @@ def load_motions(path: str | Path) -> MotionSet:
         )
 
 
-def _generated(job: ScoreJob, batch: MotionBatch) -> MotionSet:
-    generator = load_generator(job.generator)
+def _generated(job: ScoreJob, generator: MotionGenerator, batch: MotionBatch) -> MotionSet:
     motion = generate(
         generator,
         generator.network,
@@ -253,16 +254,31 @@ def _generated(job: ScoreJob, batch: MotionBatch) -> MotionSet:
     return MotionSet(motion.float(), batch.lengths_B, generator.spec.representation, generator.spec.fps)
 
 
-def _rewards(job: ScoreJob, motions: MotionSet, batch: MotionBatch) -> dict[str, np.ndarray]:
-    """Return reward terms per clip and their weighted sum; nothing where no reward is given."""
+def _reward_terms(job: ScoreJob, representation: Representation) -> tuple[str, ...]:
+    """Return the terms to compute, before the motions cost anything: none without a reward of this representation.
+
+    Raises:
+        RepresentationError: a term with a weight whose adapter was not trained on the representation: the total would
+            mean something else than in other rows.
+    """
     if not job.reward.backbone:
-        return {}
+        return ()
     import_terms(job.term_modules, "finetune.term_modules")  # shards run in processes that parsed no configuration
-    reward = _reward(job.reward)
-    if motions.representation.value not in reward.config.representations:
+    reward = _reward(job.reward, job.dataset, job.recipe.split)
+    known = reward.terms_for(representation)
+    if not known:
+        return ()
+    extra = [n for n, w in job.weights.items() if w and n not in LEARNED_TERMS]
+    names = [n for n in job.reward.terms if n in known or job.weights.get(n)] + extra
+    reward.check_terms(names, representation)
+    return tuple(names)
+
+
+def _rewards(job: ScoreJob, names: Sequence[str], motions: MotionSet, batch: MotionBatch) -> dict[str, np.ndarray]:
+    """Return the named reward terms per clip and their weighted sum; nothing without terms."""
+    if not names:
         return {}
-    extra = tuple(n for n, w in job.weights.items() if w and n not in LEARNED_TERMS)
-    names = (*job.reward.terms, *extra)
+    reward = _reward(job.reward, job.dataset, job.recipe.split)
     target = motions if not job.base_motions else load_motions(job.base_motions)
     parts: dict[str, list[Tensor]] = {n: [] for n in (*names, "total")}
     weights = {n: w for n, w in job.weights.items() if n in names}
@@ -317,8 +333,10 @@ def _evaluator(folder: str) -> Any:
 
 
 @lru_cache(maxsize=2)
-def _reward(folders: RewardFolders) -> MotionReward:
-    return folders.load()
+def _reward(folders: RewardFolders, dataset: str, split: str) -> MotionReward:
+    reward = folders.load()
+    require_text_encoder(reward, _split(dataset, split))
+    return reward
 
 
 def validation_recipe(recipe: EvaluateRecipe) -> EvaluateRecipe:

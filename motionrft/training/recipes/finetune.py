@@ -23,6 +23,7 @@ from motionrft.training.optim import OptimConfig
 from motionrft.training.recipes.common import BatchSource, Split, close, whole_parameters
 from motionrft.training.recipes.evaluate import EvaluateRecipe, RewardFolders, ScoreJob, score, validation_recipe
 from motionrft.training.recipes.generator import load_description, load_generator, save_weights
+from motionrft.training.recipes.reward import require_text_encoder
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class FinetuneRecipe:
     weights: dict[str, float] = field(
         default_factory=lambda: {"semantic": 1.0, "preference": 0.002, "authenticity": 0.002, "similarity": 1.0}
     )
-    """Reward term -> weight. Terms with weight 0 are computed and logged. Defaults are the paper's."""
+    """Reward term -> weight. Terms with weight 0 are computed and logged where the reward has them. Defaults are the
+    paper's."""
     term_modules: tuple[str, ...] = ()
     """Modules that register your own reward terms: imported by every process that reads this configuration."""
     similarity_target: str = "reference"
@@ -118,13 +120,15 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
     reference = load_generator(job.generator, runtime.device)
     reference.network.requires_grad_(False)
     reward = job.reward.load(runtime.device)
+    require_text_encoder(reward, split)
     # A weight of 0 asks for nothing: the term is watched where the reward has it, and not missed where it has not.
-    known = {*job.reward.terms, *TERMS}
+    known = reward.terms_for(generator.spec.representation)
     objective = Objective(
         weights={n: w for n, w in recipe.weights.items() if w or n in known},
-        terms=tuple(n for n in job.reward.terms if n not in recipe.weights),
+        terms=tuple(n for n in job.reward.terms if n not in recipe.weights and n in known),
         similarity_target=recipe.similarity_target,
     )
+    reward.check_terms(objective.driving, generator.spec.representation)
     kinds = [generator.spec.representation] if recipe.similarity_target == "ground_truth" else []
     seed = derive_seed("finetune", job.seed)
     frames = min(recipe.max_frames, generator.spec.max_frames)

@@ -23,7 +23,13 @@ from motionrft.core.protocols import Engine, MotionGenerator, Runtime
 from motionrft.core.rng import derive_seed, numpy_rng
 from motionrft.core.types import MotionBatch, Representation
 from motionrft.generators.mdm import pretrain_loss
-from motionrft.generators.registry import GeneratorConfig, build_generator, generator_card, generator_from_card
+from motionrft.generators.registry import (
+    GeneratorConfig,
+    build_generator,
+    generator_card,
+    generator_from_card,
+    text_width,
+)
 from motionrft.generators.sampling import generate
 from motionrft.representations.normalize import Normalizer
 from motionrft.training.checkpoint import Card, Snapshot, load_checkpoint, load_into, save_checkpoint
@@ -171,7 +177,8 @@ def _planned_steps(job: PretrainJob, folder: Path, runtime: Runtime) -> int:
 
 
 def _new_generator(job: PretrainJob, split: Split, normalizer: Normalizer) -> tuple[MotionGenerator, Card]:
-    text = {"text_dim": split.text.dim, "text_encoder": split.text.fingerprint, "fps": split.clips.fps}
+    width = text_width(job.generator, split.text.dim, split.text.pooled_dim)
+    text = {"text_dim": width, "text_encoder": split.text.fingerprint, "fps": split.clips.fps}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("generator", job.seed))
         generator = build_generator(job.generator, normalizer, **text)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ encoder. The statistics themselves travel with the backbone.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,6 +50,8 @@ from motionrft.training.recipes.common import (
     train,
     whole_parameters,
 )
+
+_LOG = logging.getLogger(__name__)
 
 BACKBONE = "reward/backbone"
 ADAPTER = "reward/adapter"
@@ -387,7 +390,7 @@ def load_reward(backbone: Path | str, adapters: Mapping[str, Path | str], device
     Raises:
         CheckpointError: missing or damaged, or an adapter of another backbone.
     """
-    net, normalizers, _ = load_backbone(backbone)
+    net, normalizers, about = load_backbone(backbone)
     adapted: AdaptedTower | None = None
     trained_on: dict[str, tuple[str, ...]] = {}
     for name, folder in adapters.items():
@@ -402,4 +405,21 @@ def load_reward(backbone: Path | str, adapters: Mapping[str, Path | str], device
         adapted.load_adapter(name, checkpoint.snapshot.model, checkpoint.card.fingerprints["backbone"])
         trained_on[name] = tuple(job.recipe.objective.representations)
     on_device = {r: n.to(device) for r, n in normalizers.items()}
-    return MotionReward(net, on_device, adapted, trained_on).to(device).freeze_for_scoring()
+    text_encoder = about.card.fingerprints.get("text_encoder", "")
+    return MotionReward(net, on_device, adapted, trained_on, text_encoder).to(device).freeze_for_scoring()
+
+
+def require_text_encoder(reward: MotionReward, split: Split) -> None:
+    """Refuse captions encoded by another text encoder than the reward's; warn where that cannot be known.
+
+    Raises:
+        ConfigError: they come from another one.
+    """
+    root = split.dataset.root
+    if not reward.check_text_encoder(split.text.fingerprint, f"dataset {root}"):
+        _LOG.warning(
+            "the reward holds no fingerprint of its text encoder (%s): whether %s was encoded by it cannot be checked. "
+            "Import it again with --text-encoder FOLDER to have that checked",
+            reward.text_encoder or "not named",
+            root,
+        )

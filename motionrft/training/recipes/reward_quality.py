@@ -23,6 +23,7 @@ from motionrft.reward.motion_reward import MotionReward
 from motionrft.reward.noise import mix
 from motionrft.training.recipes.common import Split
 from motionrft.training.recipes.evaluate import RewardFolders
+from motionrft.training.recipes.reward import require_text_encoder
 
 _BATCH = 128
 
@@ -66,10 +67,12 @@ def measure(job: QualityJob, device: torch.device | str = "cpu") -> dict[str, An
 
     Raises:
         DataError: the split has no clip with a caption.
-        CheckpointError: the reward cannot be read, or was trained on another text encoder's features.
+        CheckpointError: the reward cannot be read.
+        ConfigError: it was trained on another text encoder's features.
     """
     reward = job.reward.load(device)
     split = Split.open(job.dataset, job.split, {})
+    require_text_encoder(reward, split)
     rows = split.clips.rows(with_captions=True)
     if not rows:
         raise DataError(f"split {job.split!r} of {job.dataset} has no clip with a caption: nothing can be retrieved")

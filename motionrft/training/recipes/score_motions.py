@@ -16,15 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from motionrft.core.errors import CheckpointError, ConfigError, DataError, explain
+from motionrft.core.errors import ConfigError, DataError, explain
 from motionrft.core.protocols import Executor
 from motionrft.core.types import Representation
 from motionrft.nn.text import TextEncoder, load_text_encoder
 from motionrft.reward.motion_reward import MotionReward
 from motionrft.reward.terms import import_terms
-from motionrft.training.checkpoint import load_checkpoint
 from motionrft.training.recipes.evaluate import RewardFolders
-from motionrft.training.recipes.reward import BACKBONE
 
 _SHARD = 64
 
@@ -125,8 +123,7 @@ def score_motions(executor: Executor, folders: RewardFolders, request: ScoreRequ
 
     Raises:
         DataError: input that cannot be read, or as many captions or references as motions are missing.
-        ConfigError: a term that the reward or the input cannot give.
-        CheckpointError: the reward was trained on another text encoder's features.
+        ConfigError: a term that the reward or the input cannot give, or another text encoder than the reward's.
     """
     files = read_motions(request.motions, request.representation)
     captions = _captions(request, files)
@@ -210,18 +207,9 @@ def _score_shard(
 
 @lru_cache(maxsize=2)  # a worker scores many shards: weights are read once per process
 def _loaded(folders: RewardFolders, text_encoder: str) -> tuple[MotionReward, TextEncoder]:
-    encoder = load_text_encoder(text_encoder)
-    trained = load_checkpoint(Path(folders.backbone), expected_kind=BACKBONE).card.fingerprints["text_encoder"]
-    if trained != encoder.fingerprint:
-        raise CheckpointError(
-            explain(
-                f"the text encoder {trained} this reward was trained with",
-                f"{text_encoder} ({encoder.fingerprint})",
-                folders.backbone,
-                "Give --text-encoder.",
-            )
-        )
-    return folders.load(), encoder
+    encoder, reward = load_text_encoder(text_encoder), folders.load()
+    reward.check_text_encoder(encoder.fingerprint, f"--text-encoder {text_encoder}")
+    return reward, encoder
 
 
 def _padded(motions: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
