@@ -92,10 +92,10 @@ def test_a_scoring_shard_that_parsed_no_configuration_imports_the_modules_itself
 ) -> None:
     recipe = EvaluateRecipe()
     job = ScoreJob("", "", 0, "", "", "", {}, RewardFolders("b"), {"raised_hands": 1.0}, recipe, ("my_terms",))
-    nothing = SimpleNamespace(config=SimpleNamespace(representations=()))
-    monkeypatch.setattr(evaluate, "_reward", lambda folders: nothing)
+    nothing = SimpleNamespace(terms_for=lambda representation: ())
+    monkeypatch.setattr(evaluate, "_reward", lambda *folders: nothing)
     assert "raised_hands" not in terms_module.TERMS
-    evaluate._rewards(job, SimpleNamespace(representation=Representation.JOINT), make_batch())
+    assert evaluate._reward_terms(job, Representation.JOINT) == ()
     assert "raised_hands" in terms_module.TERMS
 
 
