@@ -6,16 +6,14 @@ Trains a tiny module on fixed data and writes losses, norms and the final state 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from motionrft.training.optim import OptimConfig
+from tests.processes import begin, end
 
 GLOBAL_BATCH = 4
 
@@ -104,20 +102,6 @@ def run(job: dict) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    if int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{sys.argv[1]}.store",
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-        )
-    for one in jobs:
+    for one in begin():
         run(one)
-    if dist.is_initialized():
-        # Everything is on disk. Gloo's threads sometimes abort a process that tears its group down while its peer
-        # leaves too ("terminate called without an active exception"), so nobody tears anything down.
-        dist.barrier()
-        sys.stdout.flush()
-        os._exit(0)
+    end()

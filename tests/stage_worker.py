@@ -6,15 +6,11 @@ Runs whole training stages, as a Ray Train worker would: DeepSpeed ZeRO-1 in a g
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import sys
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from motionrft.training.runtime_local import LocalRuntime
+from tests.processes import begin, end
 
 
 def make_runtime():
@@ -35,15 +31,7 @@ def make_runtime():
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    if int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{sys.argv[1]}.store",
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-        )
+    jobs = begin()
     runtime = make_runtime()
     for job in jobs:
         module, _, name = job["fn"].partition(":")
@@ -51,6 +39,4 @@ if __name__ == "__main__":
         folder.mkdir(parents=True, exist_ok=True)
         getattr(importlib.import_module(module), name)(runtime, job["config"], folder, {})
         runtime.barrier()
-    if dist.is_initialized():
-        sys.stdout.flush()
-        os._exit(0)  # gloo sometimes aborts a process that tears its group down while its peer leaves too
+    end()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,34 +13,13 @@ from motionrft.config.hardware import ZeroConfig
 from motionrft.runtime import deepspeed_engine
 from motionrft.training.optim import OptimConfig
 from tests import engine_worker
+from tests.processes import launch
 
 OPTIM = {"lr": 0.05, "weight_decay": 0.1, "warmup_steps": 2, "total_steps": 12, "grad_clip": 0.5}
 ENGINES = ("single", "zero0", "zero1", "zero2", "zero3")
 SHARED = ENGINES[1:]
 TOLERANCE = 2e-6  # other summation orders
 SPLIT, END, POISON = 3, 7, 4
-
-
-def launch(jobs: list[dict], world: int, folder: Path) -> None:
-    listing = folder / f"jobs{len(list(folder.glob('jobs*.json')))}.json"
-    listing.write_text(json.dumps(jobs))
-    processes = []
-    for rank in range(world):
-        layout = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "ignore", "-m", "tests.engine_worker", str(listing)]
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=Path(__file__).resolve().parents[2],
-                env={**os.environ, **layout},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    for rank, process in enumerate(processes):
-        output, _ = process.communicate(timeout=180)
-        assert process.returncode == 0, f"rank {rank} of {world} failed:\n{output[-4000:]}"
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +47,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for precision, kinds in (("autocast", ["single", "zero0", "zero1", "zero2"]), ("bf16", ["zero1", "zero2"]))
         for kind in kinds
     ]
-    launch([j for kind in ENGINES for j in pair(kind, 1)] + precise, 1, folder)
+    launch("tests.engine_worker", [j for kind in ENGINES for j in pair(kind, 1)] + precise, 1, folder)
     from_single = [resumed(kind, 2, "single_w1") for kind in SHARED]
     from_single += [resumed("zero1", 2, "zero3_w1"), resumed("zero3", 2, "zero2_w1")]
-    launch([j for kind in SHARED for j in pair(kind, 2)] + from_single, 2, folder)
+    launch("tests.engine_worker", [j for kind in SHARED for j in pair(kind, 2)] + from_single, 2, folder)
     launch(
+        "tests.engine_worker",
         [resumed("single", 1, f"{kind}_w2") for kind in SHARED]
         + [resumed(kind, 1, "zero2_w2") for kind in SHARED]
         + [resumed("zero2", 1, "zero3_w2"), resumed("zero0", 1, "single_w1")],

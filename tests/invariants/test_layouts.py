@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from motionrft.data.tables import ClipTable
 from motionrft.training.checkpoint import load_checkpoint
 from motionrft.training.metrics import read_metrics
 from tests.prepare_fixtures import make_dataset
+from tests.processes import launch
 
 RECIPES = "motionrft.training.recipes"
 TOLERANCE = 3e-5  # other summation orders, through three steps of AdamW
@@ -37,26 +34,6 @@ def training(**changes: Any) -> dict[str, Any]:
 def reward(dataset: Path, model: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     recipe = {"model": {**SIZES, **(model or {})}, "semantic": SEMANTIC, "train": training(**changes), "max_frames": 32}
     return {"dataset": str(dataset), "recipe": recipe}
-
-
-def launch(jobs: list[dict[str, Any]], world: int, folder: Path) -> None:
-    listing = folder / f"jobs{len(list(folder.glob('jobs*.json')))}.json"
-    listing.write_text(json.dumps(jobs))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.stage_worker", str(listing)],
-            cwd=Path(__file__).resolve().parents[2],
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                 "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    for rank, process in enumerate(processes):
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, f"rank {rank} of {world} failed:\n{output[-4000:]}"
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +82,10 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     evaluator = {"dataset": str(dataset), "name": "A",
                  "recipe": {"model": {}, "train": training(), "max_frames": 32}}  # fmt: skip
-    launch(jobs(1, 1) + jobs(1, 2) + [j for j in jobs(1, 4) if "semantic" in j["folder"]], 1, root)
-    launch(jobs(2, 1) + [j for j in jobs(2, 2) if "generator" not in j["fn"]], 2, root)
+    launch(
+        "tests.stage_worker", jobs(1, 1) + jobs(1, 2) + [j for j in jobs(1, 4) if "semantic" in j["folder"]], 1, root
+    )
+    launch("tests.stage_worker", jobs(2, 1) + [j for j in jobs(2, 2) if "generator" not in j["fn"]], 2, root)
     return root
 
 
