@@ -13,6 +13,7 @@ from motionrft.cli.common import command_line, required, start
 from motionrft.cli.main import add_run_arguments
 from motionrft.config.load import write_run_config
 from motionrft.config.schema import RunConfig
+from motionrft.core.errors import ConfigError
 from motionrft.core.plain import to_plain
 from motionrft.evaluation.published import published
 from motionrft.report.html import write_report
@@ -94,7 +95,10 @@ def _score(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     config, launcher = start(options)
     dataset = required(config.inputs.dataset, "inputs.dataset", "`motionrft prepare`")
-    levels = tuple(float(level) for level in options.noise_levels.split(","))
+    try:
+        levels = tuple(float(level) for level in options.noise_levels.split(","))
+    except ValueError:
+        raise ConfigError(f"--noise-levels takes numbers such as 0,0.3,0.6, got {options.noise_levels!r}") from None
     pairs = str(Path(config.inputs.pairs).resolve()) if config.inputs.pairs else ""
     job = QualityJob(dataset, _folders(config), options.split, pairs, config.reward.max_frames, levels, config.seed)
     write_run_config(options.run_dir, config, command_line())
@@ -165,6 +169,8 @@ def _cell(found: Mapping[str, float]) -> str:
 
 
 def _ablate(options: argparse.Namespace) -> int:
+    if options.seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, got {options.seeds}")
     config, launcher = start(options)
     dataset = required(config.inputs.dataset, "inputs.dataset", "`motionrft prepare`")
     backbone = config.inputs.reward.backbone

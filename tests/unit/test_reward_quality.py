@@ -36,8 +36,10 @@ N = 64
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return (dataset, backbone folder) of a tiny reward trained for three steps."""
     root = tmp_path_factory.mktemp("quality")
+    # neighbours share a class, and some clips a caption: neither may be a wrong answer
     words = {
-        f"c{i:03d}": {"captions": (f"clip {i} sways", f"number {i}"), "class_name": f"sway|{i}"} for i in range(40)
+        f"c{i:03d}": {"captions": (f"clip {i} sways", f"number {i % 7}"), "class_name": f"sway|{i // 2}"}
+        for i in range(40)
     }
     make_dataset(root / "data", 40, words)
     run_semantic(LocalRuntime(), reward(root / "data"), root / "reward", {})
@@ -286,3 +288,19 @@ def test_reward_ablate_trains_both_sides_and_reports_the_difference(
     weights = [load_backbone(tmp_path / "a" / f"{side}_0" / "model")[0].state_dict() for side in
                ("without_SPL", "SPL_bank")]  # fmt: skip
     assert any(not torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "message"),
+    [
+        ("evaluate", ["--noise-levels", "a lot"], "--noise-levels takes numbers"),
+        ("evaluate", ["--noise-levels", "0,1.5"], "noise_levels must lie in"),
+        ("ablate", ["--question", "spl", "--seeds", "0"], "--seeds must be at least 1"),
+    ],
+)
+def test_wrong_options_of_the_reward_verbs_are_named(
+    trained: tuple[Path, Path], tmp_path: Path, verb: str, options: list[str], message: str, capsys
+) -> None:
+    fields = [f"inputs.dataset={trained[0]}", f"inputs.reward.backbone={trained[1]}"]
+    command = ["reward", verb, "--backend", "single", "--run-dir", str(tmp_path / "run"), *options, *fields]
+    assert main(command) == 2 and message in capsys.readouterr().err

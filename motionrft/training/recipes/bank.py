@@ -73,7 +73,7 @@ class LoserBank:
 
     @torch.no_grad()
     def mine(self, backbone: RewardBackbone) -> dict[str, float]:
-        """Embed and search with the weights of now; return the share of wrong retrievals. Collective."""
+        """Embed and search with the weights of now; return representation -> share of wrong retrievals. Collective."""
         training = backbone.training
         backbone.eval()
         text_Cd = self._embed_captions(backbone)
@@ -82,7 +82,7 @@ class LoserBank:
             motion_Nd = self._embed_clips(backbone, representation)
             column_Q = self._shared(len(self.query_rows), partial(self._search, text_Cd=text_Cd, motion_Nd=motion_Nd))
             self.table[representation.value] = column_Q.cpu()
-            found[f"spl/{representation.value}/bank_wrong"] = float((column_Q >= 0).float().mean())
+            found[representation.value] = float((column_Q >= 0).float().mean())
         backbone.train(training)
         return found
 
@@ -158,7 +158,9 @@ class LoserBank:
 
     def _pooled(self) -> np.ndarray:
         if not hasattr(self, "_pooled_CE"):
-            pooled = self.split.text.condition(self.distinct).pooled_BD
+            # in chunks: the tokens that come along would fill the memory on a large dataset
+            chunks = [self.distinct[i : i + _CHUNK] for i in range(0, len(self.distinct), _CHUNK)]
+            pooled = torch.cat([self.split.text.condition(chunk).pooled_BD for chunk in chunks])
             self._pooled_CE = normalize(pooled, dim=-1).numpy()
         return self._pooled_CE
 

@@ -128,7 +128,10 @@ def run_semantic(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
         parts = [objective.inputs(part, step) for part in batch.parts(settings.micro_batches)]
         if bank is not None and spl is not None:
             if step % spl.refresh_every == 0:
-                bank.mine(objective.backbone)
+                wrong = bank.mine(objective.backbone)
+                if runtime.rank == 0:
+                    shown = ", ".join(f"{name} {100 * share:.1f} %" for name, share in wrong.items())
+                    _LOG.info("bank mined at batch %d, wrong retrievals: %s", step, shown)
             rows = batches.sampler.batch(step)
             choice = choose_captions(split.clips, rows, seed, batches.sampler.epoch(step))
             size = len(rows) // len(parts)
