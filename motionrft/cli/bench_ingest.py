@@ -8,7 +8,6 @@ from pathlib import Path
 from data_prep.pipeline import prepare
 from motionrft.config.prepare import PrepareConfig
 from motionrft.core.plain import to_plain
-from motionrft.generators.mdm import MDMConfig
 from motionrft.generators.registry import GeneratorConfig
 from motionrft.training.metrics import read_metrics
 from motionrft.training.optim import OptimConfig
@@ -31,7 +30,7 @@ def run(num_clips: int = 256, steps: int = 30) -> dict[str, float]:
         optim = OptimConfig(lr=4e-4, schedule="constant")
         job = PretrainJob(
             dataset=str(root / "data"),
-            generator=GeneratorConfig(max_frames=80, mdm=MDMConfig()),
+            generator=GeneratorConfig(max_frames=80),
             recipe=PretrainRecipe(TrainConfig(steps=steps, batch_size=64, log_every=1, optim=optim)),
         )
         stage = Stage("pretrain", "motionrft.training.recipes.generator:run_pretrain", to_plain(job))

@@ -63,7 +63,14 @@ def _stage(options: argparse.Namespace, config: RunConfig) -> tuple[Stage, str]:
     dataset = required(inputs.dataset, *_DATASET)
     job: Any
     if verb == "pretrain":
-        job = PretrainJob(dataset, seed, config.generator, config.pretrain)
+        job = PretrainJob(
+            dataset,
+            seed,
+            config.generator,
+            config.pretrain,
+            autoencoder=str(Path(inputs.autoencoder).resolve()) if inputs.autoencoder else "",
+            teacher=str(Path(inputs.teacher).resolve()) if inputs.teacher else "",
+        )
         return Stage(".", f"{_RECIPES}.generator:run_pretrain", to_plain(job)), dataset
     if verb == "evaluator":
         job = EvaluatorJob(dataset, "A", seed, config.evaluator)

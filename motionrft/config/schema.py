@@ -23,6 +23,10 @@ class Inputs:
     """Dataset folder, as `motionrft prepare` wrote it."""
     generator: str = ""
     """Model folder of the generator to fine-tune, sample from or evaluate."""
+    autoencoder: str = ""
+    """Model folder that `pretrain.stage: autoencoder` wrote (families that denoise latents)."""
+    teacher: str = ""
+    """Model folder that `pretrain.stage: distill` learns from."""
     reference: str = ""
     """Model folder of the generator before fine-tuning (row "before" of `evaluate`)."""
     reward: RewardFolders = field(default_factory=RewardFolders)

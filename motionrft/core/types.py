@@ -65,6 +65,12 @@ class MotionBatch:
     text: Condition  # features of `captions`
     class_ids_B: Tensor  # (B,) int64 semantic class; -1 = unknown
     keys_B: Tensor  # (B,) int64, stable hash of item id: seeds per-sample noise on any layout
+    generator_text: Condition | None = None  # features for a generator whose text encoder is not the dataset's
+
+    @property
+    def prompt(self) -> Condition:
+        """Features of the captions as the generator reads them; rewards and evaluators read `text`."""
+        return self.text if self.generator_text is None else self.generator_text
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -87,6 +93,7 @@ class MotionBatch:
             text=self.text.index(rows),
             class_ids_B=self.class_ids_B[rows],
             keys_B=self.keys_B[rows],
+            generator_text=None if self.generator_text is None else self.generator_text.index(rows),
         )
 
     def parts(self, count: int) -> list[MotionBatch]:
@@ -109,6 +116,7 @@ class MotionBatch:
             text=self.text.to(device),
             class_ids_B=self.class_ids_B.to(device),
             keys_B=self.keys_B.to(device),
+            generator_text=None if self.generator_text is None else self.generator_text.to(device),
         )
 
 

@@ -250,7 +250,7 @@ class _Rollout:
     def _predict(
         self, generator: MotionGenerator, network: Callable[..., Tensor]
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        text, lengths_B = self.batch.text, self.batch.lengths_B
+        text, lengths_B = self.batch.prompt, self.batch.lengths_B
         return lambda x, t: generator.predict(network, x, t, text, lengths_B)
 
 

@@ -15,12 +15,19 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from motionrft.core.errors import ConfigError
-from motionrft.core.types import valid_mask
+from motionrft.core.types import Representation, valid_mask
+from motionrft.generators.base import ModelConfig
 
 
 @dataclass(frozen=True)
-class MDMConfig:
+class MDMConfig(ModelConfig):
     """Sizes and variant. Defaults are the small from-scratch model; `OFFICIAL` is the released 50-step encoder."""
+
+    family = "mdm"
+    representations = tuple(Representation)
+    prediction = "x0"
+    solvers = ("ddim", "ddpm")
+    default_guidance = 2.5
 
     latent_dim: int = 192
     """Transformer width E."""

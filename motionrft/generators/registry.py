@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from motionrft.core.errors import CheckpointError, ConfigError, explain
-from motionrft.core.protocols import GeneratorSpec, MotionGenerator
-from motionrft.generators.mdm import SOLVERS, MDMConfig, MDMGenerator
+from motionrft.core.plain import from_plain, to_plain
+from motionrft.core.protocols import GeneratorSpec
+from motionrft.core.types import Condition, Representation
+from motionrft.generators.base import Build, Generator, ModelConfig
+from motionrft.generators.mdm import MDMConfig, MDMGenerator
 from motionrft.representations.normalize import Normalizer
+
+FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = {
+    config.family: (config, make) for config, make in [(MDMConfig, MDMGenerator)]
+}
+"""Family -> its configuration, and what makes its generator."""
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
     """Which generator, how large, and how it samples."""
 
-    family: str = "mdm"
-    """Name in `FAMILIES`."""
-    mdm: MDMConfig = field(default_factory=MDMConfig)
-    """Sizes and variant of the mdm family. Its text_dim is replaced by the size of the text features when building."""
+    model: ModelConfig = field(default_factory=MDMConfig)
+    """Family, sizes and variant. Sizes of text features are those of the text encoder in use."""
     max_frames: int = 60
     """Longest motion the generator is trained for."""
     train_steps: int = 1000
-    """Diffusion steps of the training schedule."""
-    guidance: float = 2.5
-    """Classifier-free guidance scale; 1 switches it off and halves the cost."""
-    solver: str = "ddim"
-    """"ddim" or "ddpm" (ancestral)."""
+    """Diffusion steps of the training schedule; flows allow up to as many solver steps."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 switches it off and halves the cost. None = the family's published one."""
+    solver: str = ""
+    """One of the family's samplers; "" = its first."""
     eta: float = 0.0
     """Share of fresh noise of DDIM; 0 is deterministic."""
     sampling_steps: int = 10
@@ -35,12 +41,15 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         """Report every contradiction at once."""
+        solvers = self.model.solvers
         rules = [
-            (self.family in FAMILIES, f"family must be one of {sorted(FAMILIES)}, got {self.family!r}"),
             (self.max_frames >= 1, f"max_frames must be >= 1, got {self.max_frames}"),
-            (self.solver in SOLVERS, f"solver must be one of {SOLVERS}, got {self.solver!r}"),
+            (
+                self.solver in ("", *solvers),
+                f"solver must be one of {solvers} for {self.model.family}, got {self.solver!r}",
+            ),
             (0 <= self.eta <= 1, f"eta must be in [0, 1], got {self.eta}"),
-            (self.guidance >= 0, f"guidance must be >= 0, got {self.guidance}"),
+            (self.guidance is None or self.guidance >= 0, f"guidance must be >= 0, got {self.guidance}"),
             (
                 1 <= self.sampling_steps <= self.train_steps,
                 f"need 1 <= sampling_steps <= train_steps, got {self.sampling_steps} and {self.train_steps}",
@@ -50,75 +59,82 @@ class GeneratorConfig:
         if problems:
             raise ConfigError("generator: " + "; ".join(problems))
 
+    def representation(self, name: str = "") -> Representation:
+        """Return the representation called `name`, "" = the family's own.
 
-Builder = Callable[[GeneratorConfig, Normalizer, GeneratorSpec, int], MotionGenerator]
-"""(config, normalizer, spec, text_dim) -> generator with a freshly initialised network."""
-
-
-def _build_mdm(config: GeneratorConfig, normalizer: Normalizer, spec: GeneratorSpec, text_dim: int) -> MDMGenerator:
-    sizes = MDMConfig(**{**asdict(config.mdm), "text_dim": text_dim})
-    return MDMGenerator(spec, sizes, normalizer, solver=config.solver, eta=config.eta)
-
-
-FAMILIES: dict[str, Builder] = {"mdm": _build_mdm}
-
-
-def text_width(config: GeneratorConfig, token_dim: int, pooled_dim: int) -> int:
-    """Return the size of the text features a generator reads: of tokens, or of the sentence vector."""
-    return token_dim if config.mdm.text == "tokens" else pooled_dim
+        Raises:
+            ConfigError: one this family cannot generate.
+        """
+        known = self.model.representations
+        if name and name not in [r.value for r in known]:
+            names = [r.value for r in known]
+            raise ConfigError(f"generator {self.model.family!r} makes {names}, not {name!r}")
+        return Representation(name) if name else known[0]
 
 
-def build_generator(
-    config: GeneratorConfig, normalizer: Normalizer, *, text_dim: int, text_encoder: str, fps: float
-) -> MotionGenerator:
+@dataclass(frozen=True)
+class TextSide:
+    """The text features a generator reads, and the encoder they come from."""
+
+    fingerprint: str
+    """Of the encoder, or its name where its weights were not at hand."""
+    token_dim: int
+    """Features per token."""
+    pooled_dim: int
+    """Features of the sentence vector."""
+    null: Condition | None = None
+    """The empty caption, one row; needed by families that encode it when weights are new."""
+
+
+def build_generator(config: GeneratorConfig, normalizer: Normalizer, text: TextSide, fps: float) -> Generator:
     """Return a generator with new weights drawn from torch's global generator (seed it first).
 
     Args:
         config: family, sizes, sampler.
         normalizer: statistics of the representation it generates.
-        text_dim: size of the text features it reads; see `text_width`.
-        text_encoder: fingerprint of the text encoder.
+        text: what captions look like to it.
         fps: frames per second of the motions.
     """
+    model = config.model
     spec = GeneratorSpec(
-        family=config.family,
+        family=model.family,
         representation=normalizer.representation,
         fps=fps,
         max_frames=config.max_frames,
-        text_encoder=text_encoder,
-        prediction="x0",
+        text_encoder=text.fingerprint,
+        prediction=model.prediction,
         train_steps=config.train_steps,
-        guidance_scale=config.guidance,
+        guidance_scale=model.default_guidance if config.guidance is None else config.guidance,
     )
-    return FAMILIES[config.family](config, normalizer, spec, text_dim)
+    build = Build(spec, normalizer, text.token_dim, text.pooled_dim, config.solver, config.eta, text.null)
+    return FAMILIES[model.family][1](build, model)
 
 
-def generator_card(
-    config: GeneratorConfig, normalizer: Normalizer, *, text_dim: int, text_encoder: str, fps: float
-) -> dict[str, Any]:
+def generator_card(config: GeneratorConfig, normalizer: Normalizer, text: TextSide, fps: float) -> dict[str, Any]:
     """Return the JSON-ready description from which `generator_from_card` rebuilds the generator. Arguments as there."""
     return {
         "kind": "generator",
-        "config": asdict(config),
-        "text_dim": text_dim,
-        "text_encoder": text_encoder,
+        "family": config.model.family,
+        "config": to_plain(config),
+        "token_dim": text.token_dim,
+        "pooled_dim": text.pooled_dim,
+        "text_encoder": text.fingerprint,
         "fps": fps,
         "representation": normalizer.representation.value,
         "normalizer": normalizer.fingerprint,
     }
 
 
-def generator_from_card(card: Mapping[str, Any], normalizer: Normalizer) -> tuple[GeneratorConfig, MotionGenerator]:
-    """Return the card's config and its generator, whose weights are still to be loaded.
+def generator_from_card(card: Mapping[str, Any], normalizer: Normalizer) -> tuple[GeneratorConfig, Generator]:
+    """Return the card's config and its generator, whose weights and frozen parts are still to be loaded.
 
     Raises:
         CheckpointError: not a generator's card, a malformed one, or other statistics than it was trained with.
     """
     try:
-        settings = dict(card["config"])
-        config = GeneratorConfig(**{**settings, "mdm": MDMConfig(**settings["mdm"])})
-        text = {"text_dim": card["text_dim"], "text_encoder": card["text_encoder"], "fps": card["fps"]}
-        kind, fingerprint = card["kind"], card["normalizer"]
+        config = from_plain(GeneratorConfig, card["config"], "generator card")
+        text = TextSide(card["text_encoder"], card["token_dim"], card["pooled_dim"])
+        kind, fingerprint, fps = card["kind"], card["normalizer"], card["fps"]
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(
             explain("a generator card", f"{error!r} while reading it", "checkpoint card", "Check the checkpoint path.")
@@ -132,4 +148,4 @@ def generator_from_card(card: Mapping[str, Any], normalizer: Normalizer) -> tupl
                 "Load the statistics stored beside the checkpoint.",
             )
         )
-    return config, build_generator(config, normalizer, **text)
+    return config, build_generator(config, normalizer, text, fps)

@@ -17,6 +17,7 @@ from motionrft.diffusion.denoise import SAMPLE, denoise
 from motionrft.diffusion.prediction import add_noise
 from motionrft.diffusion.schedules import alpha_bars, betas, spaced_timesteps
 from motionrft.diffusion.solvers import ddim_table, ddpm_table
+from motionrft.generators.base import Build
 from motionrft.generators.mdm import MDM, MDMConfig, MDMGenerator
 from motionrft.generators.mdm_keys import from_upstream
 from motionrft.generators.mdm_network import OFFICIAL, interleaved_sinusoid
@@ -264,7 +265,7 @@ def test_official_config_is_the_published_one(golden: dict) -> None:
     statistics = Normalizer(torch.zeros(263), torch.ones(263), Representation.KINEMATIC)
     with torch.device("meta"):
         network = MDM(263, OFFICIAL)
-    generator = MDMGenerator(spec, OFFICIAL, statistics, solver="ddpm", network=network)
+    generator = MDMGenerator(Build(spec, statistics, 512, 512, "ddpm"), OFFICIAL, network=network)
     assert generator.state_shape(60) == (196, 263)  # no frame mask: always the full length
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == 17.88
     assert len(generator.solver(50)) == 50

@@ -18,6 +18,7 @@ from motionrft.core.types import Condition, MotionBatch, Representation, RewardT
 from motionrft.finetune.plan import Strategy
 from motionrft.finetune.step import Objective, rollout_step
 from motionrft.finetune.strategies import AlignProp, DRaFT, DRTune, EasyTune, ReFL
+from motionrft.generators.base import Build
 from motionrft.generators.mdm import MDMConfig, MDMGenerator
 from motionrft.generators.sampling import generate
 from motionrft.representations.normalize import Normalizer
@@ -80,7 +81,8 @@ def make(dropout: float = 0.0, solver: str = "ddim", seed: int = 0) -> MDMGenera
     torch.manual_seed(seed)
     config = MDMConfig(latent_dim=16, layers=2, heads=2, ff=24, text_dim=12, dropout=dropout)
     spec = GeneratorSpec("mdm", KIND, 20.0, 24, "stub", "x0", 1000, 2.5)
-    return MDMGenerator(spec, config, Normalizer(torch.zeros(263), torch.ones(263), KIND), solver=solver)
+    statistics = Normalizer(torch.zeros(263), torch.ones(263), KIND)
+    return MDMGenerator(Build(spec, statistics, 12, 12, solver), config)
 
 
 def make_batch(rows: int = 4) -> MotionBatch:

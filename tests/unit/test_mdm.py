@@ -12,10 +12,12 @@ from torch import Tensor
 from motionrft.core.errors import CheckpointError, ConfigError, RepresentationError
 from motionrft.core.protocols import GeneratorSpec, MotionGenerator
 from motionrft.core.types import Condition, MotionBatch, Representation
-from motionrft.generators.mdm import MDM, MDMConfig, MDMGenerator, pretrain_loss
+from motionrft.generators.base import Build
+from motionrft.generators.mdm import MDM, MDMConfig, MDMGenerator
 from motionrft.generators.registry import (
     FAMILIES,
     GeneratorConfig,
+    TextSide,
     build_generator,
     generator_card,
     generator_from_card,
@@ -36,10 +38,12 @@ def statistics() -> Normalizer:
     return Normalizer(torch.randn(263, generator=draw), torch.rand(263, generator=draw) + 0.5, KIND)
 
 
-def make(config: MDMConfig = SMALL, seed: int = 0, **settings: object) -> MDMGenerator:
+SPEC = GeneratorSpec("mdm", KIND, 20.0, 24, "stub", "x0", 1000, 2.5)
+
+
+def make(config: MDMConfig = SMALL, seed: int = 0, solver: str = "ddim", eta: float = 0.0, **settings) -> MDMGenerator:
     torch.manual_seed(seed)
-    spec = GeneratorSpec("mdm", KIND, 20.0, 24, "stub", "x0", 1000, 2.5)
-    return MDMGenerator(spec, config, statistics(), **settings)
+    return MDMGenerator(Build(SPEC, statistics(), 12, 12, solver, eta), config, **settings)
 
 
 def make_batch(rows: int = 5, frames: int = 16, seed: int = 1) -> MotionBatch:
@@ -180,13 +184,13 @@ def test_decode_inverts_encode_and_zeroes_padding() -> None:
 def test_pretraining_loss_of_a_clip_does_not_depend_on_batch_or_padding() -> None:
     generator, batch = make(), make_batch()
     generator.network.eval()
-    whole, metrics = pretrain_loss(generator, generator.network, batch, step=4, seed=2)
-    parts = [pretrain_loss(generator, generator.network, batch.slice(i, i + 1), step=4, seed=2)[0] for i in range(5)]
+    whole, metrics = generator.pretrain_loss(generator.network, batch, step=4, seed=2)
+    parts = [generator.pretrain_loss(generator.network, batch.slice(i, i + 1), step=4, seed=2)[0] for i in range(5)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
     longer = torch.nn.functional.pad(batch.motions[KIND], (0, 0, 0, 4), value=9.0)
-    padded, _ = pretrain_loss(generator, generator.network, replace(batch, motions={KIND: longer}), step=4, seed=2)
+    padded, _ = generator.pretrain_loss(generator.network, replace(batch, motions={KIND: longer}), step=4, seed=2)
     torch.testing.assert_close(padded, whole, rtol=1e-4, atol=1e-5)
-    other, _ = pretrain_loss(generator, generator.network, batch, step=5, seed=2)
+    other, _ = generator.pretrain_loss(generator.network, batch, step=5, seed=2)
     assert (other != whole).all()
     total = metrics["loss/x0"] + 2 * metrics["loss/velocity"]
     torch.testing.assert_close(total, whole.detach().mean())
@@ -204,7 +208,7 @@ def test_captions_are_dropped_by_clip_and_step_at_the_configured_rate() -> None:
     batch = make_batch(rows)
     for step in range(300):
         ids = list(range(rows))
-        pretrain_loss(generator, network, batch, step, seed=0)
+        generator.pretrain_loss(network, batch, step, seed=0)
     shares = [sum(flags) / 300 for flags in kept.values()]
     assert all(0.6 < share < 0.8 for share in shares)
     alone: dict[int, list[bool]] = {i: list(flags) for i, flags in kept.items()}
@@ -212,18 +216,18 @@ def test_captions_are_dropped_by_clip_and_step_at_the_configured_rate() -> None:
         flags.clear()
     for step in range(300):
         ids = [2]
-        pretrain_loss(generator, network, batch.slice(2, 3), step, seed=0)
+        generator.pretrain_loss(network, batch.slice(2, 3), step, seed=0)
     assert kept[2] == alone[2]
 
 
 def test_a_perfect_network_has_no_loss() -> None:
     generator, batch = make(), make_batch()
     clean = generator.encode(batch.motions[KIND], batch.lengths_B)
-    loss, _ = pretrain_loss(generator, lambda *_: clean, batch, 0, 0)
+    loss, _ = generator.pretrain_loss(lambda *_: clean, batch, 0, 0)
     assert float(loss.abs().max()) == 0.0
     off = clean.clone()
     off[..., 70] += 1.0  # constant over time: no velocity error
-    loss, metrics = pretrain_loss(generator, lambda *_: off, batch, 0, 0)
+    loss, metrics = generator.pretrain_loss(lambda *_: off, batch, 0, 0)
     torch.testing.assert_close(loss, torch.full((5,), 1 / 263))
     assert float(metrics["loss/velocity"]) == 0.0
 
@@ -233,7 +237,7 @@ def test_training_lowers_the_loss() -> None:
     optimizer = torch.optim.AdamW(generator.network.parameters(), lr=3e-3)
     losses = []
     for step in range(40):
-        loss = pretrain_loss(generator, generator.network, batch, step, seed=0)[0].mean()
+        loss = generator.pretrain_loss(generator.network, batch, step, seed=0)[0].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -244,15 +248,15 @@ def test_training_lowers_the_loss() -> None:
 def test_every_parameter_is_used() -> None:
     for config in VARIANTS.values():
         generator = make(config)
-        pretrain_loss(generator, generator.network, make_batch(), 0, 0)[0].sum().backward()
+        generator.pretrain_loss(generator.network, make_batch(), 0, 0)[0].sum().backward()
         assert all(p.grad is not None for p in generator.network.parameters())
 
 
 def test_a_card_rebuilds_its_generator_and_refuses_other_statistics() -> None:
-    settings = {"text_dim": 12, "text_encoder": "stub", "fps": 20.0}
-    config = GeneratorConfig(mdm=replace(SMALL, text_dim=1), max_frames=24, solver="ddpm", guidance=3.0)
-    first = build_generator(config, statistics(), **settings)
-    card = json.loads(json.dumps(generator_card(config, statistics(), **settings)))
+    text = TextSide("stub", 12, 12)
+    config = GeneratorConfig(model=replace(SMALL, text_dim=1), max_frames=24, solver="ddpm", guidance=3.0)
+    first = build_generator(config, statistics(), text, 20.0)
+    card = json.loads(json.dumps(generator_card(config, statistics(), text, 20.0)))
     found, second = generator_from_card(card, statistics())
     assert found == config and second.spec == first.spec and second.spec.guidance_scale == 3.0
     second.network.load_state_dict(first.network.state_dict(), strict=True)
@@ -268,8 +272,8 @@ def test_impossible_settings_are_refused_with_their_names() -> None:
         MDMConfig(latent_dim=10, heads=3, dropout=1.5)
     with pytest.raises(ConfigError, match="arch=decoder"):
         MDMConfig(text="tokens")
-    with pytest.raises(ConfigError, match=r"family.*solver"):
-        GeneratorConfig(family="vae", solver="euler")
+    with pytest.raises(ConfigError, match=r"max_frames.*solver"):
+        GeneratorConfig(max_frames=0, solver="euler")
     with pytest.raises(ConfigError, match="solver"):
         make(solver="euler")
     with pytest.raises(ConfigError, match="frames"):
@@ -277,11 +281,10 @@ def test_impossible_settings_are_refused_with_their_names() -> None:
     with pytest.raises(ConfigError, match="denoising steps"):
         make().solver(1001)
     joints = Normalizer(torch.zeros(66), torch.ones(66), Representation.JOINT)
-    spec = GeneratorSpec("mdm", KIND, 20.0, 24, "stub", "x0", 1000, 2.5)
     with pytest.raises(RepresentationError, match="joint"):
-        MDMGenerator(spec, SMALL, joints)
+        MDMGenerator(Build(SPEC, joints, 12, 12), SMALL)
     with pytest.raises(ConfigError, match="x0"):
-        MDMGenerator(replace(spec, prediction="eps"), SMALL, statistics())
+        MDMGenerator(Build(replace(SPEC, prediction="eps"), statistics(), 12, 12), SMALL)
 
 
 def test_text_gain_is_the_same_as_larger_text_weights():

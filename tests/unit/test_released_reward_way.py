@@ -71,7 +71,7 @@ def pretrain(root: Path, kind: str, name: str = "", **settings: Any) -> Path:
     mdm = MDMConfig(latent_dim=16, layers=1, heads=2, ff=16, **settings)
     job = PretrainJob(
         str(root / "data"),
-        generator=GeneratorConfig(mdm=mdm, max_frames=30, guidance=1.0),
+        generator=GeneratorConfig(model=mdm, max_frames=30, guidance=1.0),
         recipe=PretrainRecipe(TrainConfig(steps=1, batch_size=4), representation=kind),
     )
     run_pretrain(LocalRuntime(), to_plain(job), root / (name or kind), {})

@@ -24,7 +24,7 @@ from motionrft.core.types import Condition, MotionBatch, Representation, RewardT
 from motionrft.finetune.plan import Strategy
 from motionrft.finetune.step import Objective, rollout_step
 from motionrft.finetune.strategies import DRaFT, EasyTune
-from motionrft.generators.registry import GeneratorConfig, build_generator
+from motionrft.generators.registry import GeneratorConfig, TextSide, build_generator
 from motionrft.representations.normalize import Normalizer
 
 METHODS: dict[str, Strategy] = {
@@ -60,7 +60,7 @@ def measure(method: str, num_steps: int) -> dict[str, int]:
     kind = Representation.KINEMATIC
     statistics = Normalizer(torch.zeros(kind.dim), torch.ones(kind.dim), kind)
     config = GeneratorConfig(max_frames=_FRAMES)
-    generator = build_generator(config, statistics, text_dim=_TEXT, text_encoder="benchmark", fps=20.0)
+    generator = build_generator(config, statistics, TextSide("benchmark", _TEXT, _TEXT), fps=20.0)
     engine = _PlainEngine(generator.network)
     with SavedTensorMeter(ignore=generator.network.parameters()) as meter:
         rollout_step(

@@ -244,7 +244,7 @@ def _generated(job: ScoreJob, generator: MotionGenerator, batch: MotionBatch) ->
     motion = generate(
         generator,
         generator.network,
-        batch.text,
+        batch.prompt,
         batch.lengths_B,
         batch.keys_B,
         num_steps=job.recipe.num_steps,

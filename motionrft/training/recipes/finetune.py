@@ -22,7 +22,7 @@ from motionrft.training.metrics import MetricsWriter
 from motionrft.training.optim import OptimConfig
 from motionrft.training.recipes.common import BatchSource, Split, close, whole_parameters
 from motionrft.training.recipes.evaluate import EvaluateRecipe, RewardFolders, ScoreJob, score, validation_recipe
-from motionrft.training.recipes.generator import load_description, load_generator, save_weights
+from motionrft.training.recipes.generator import Fixed, load_description, load_generator, save_weights
 from motionrft.training.recipes.reward import require_text_encoder
 
 
@@ -134,12 +134,12 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
     frames = min(recipe.max_frames, generator.spec.max_frames)
     batches = BatchSource(split, kinds or [Representation.JOINT], frames, recipe.batch_size, seed, runtime)
     engine = runtime.build_engine(generator.network, replace(recipe.optim, total_steps=recipe.updates))
-    description, normalizer = load_description(job.generator)
+    description, fixed = load_description(job.generator)
     card = Card(
         description.kind, {**description.config, "origin": {"finetune": to_plain(job)}}, description.fingerprints
     )
     _write_plan(recipe, folder, runtime)
-    validate = _Validation(job, folder, card, normalizer) if recipe.validate_every else None
+    validate = _Validation(job, folder, card, fixed) if recipe.validate_every else None
 
     def body(step: int) -> dict[str, float]:
         return rollout_step(
@@ -178,7 +178,7 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
         )
     weights = whole_parameters(engine, None)
     if runtime.rank == 0:
-        save_weights(folder / "model", weights, card, normalizer, outcome.step, outcome.optimizer_steps)
+        save_weights(folder / "model", weights, card, fixed, outcome.step, outcome.optimizer_steps)
     close(engine)
     last = {name: value for name, value in outcome.metrics.items() if name.startswith(("reward/", "optim/"))}
     return {"updates": outcome.optimizer_steps, "last": last, **(validate.last if validate is not None else {})}
@@ -208,10 +208,10 @@ def show_plan(recipe: FinetuneRecipe, moments: int = 5) -> str:
 class _Validation:
     """Scores the generator on validation clips; rank 0 does it, all ranks learn the values."""
 
-    def __init__(self, job: FinetuneJob, folder: Path, card: Card, normalizer: Any) -> None:
+    def __init__(self, job: FinetuneJob, folder: Path, card: Card, fixed: Fixed) -> None:
         if not job.evaluators:
             raise ConfigError("finetune.validate_every needs an evaluator: set inputs.evaluators, or set it to 0")
-        self.job, self.folder, self.card, self.normalizer = job, folder / "validation", card, normalizer
+        self.job, self.folder, self.card, self.fixed = job, folder / "validation", card, fixed
         self.base: Scores | None = None
         self.last: dict[str, Any] = {}
 
@@ -232,7 +232,7 @@ class _Validation:
                         )
                     )
             place = self.folder / f"model_{done}"
-            save_weights(place, weights, self.card, self.normalizer, done, optimizer_steps)
+            save_weights(place, weights, self.card, self.fixed, done, optimizer_steps)
             tuned = self._score(f"tuned_{done}", str(place))
             keys = ("r_precision_top1", "fid", "jerk")
             found = {f"val/{key}": tuned.values[key] for key in keys}

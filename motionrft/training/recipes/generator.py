@@ -17,28 +17,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from motionrft.core.errors import CheckpointError, ConfigError
+from motionrft.core.errors import CheckpointError, ConfigError, explain
 from motionrft.core.plain import from_plain, to_plain
-from motionrft.core.protocols import Engine, MotionGenerator, Runtime
+from motionrft.core.protocols import Engine, Runtime
 from motionrft.core.rng import derive_seed, numpy_rng
 from motionrft.core.types import MotionBatch, Representation
-from motionrft.generators.mdm import pretrain_loss
+from motionrft.generators.base import Generator, Training
 from motionrft.generators.registry import (
     GeneratorConfig,
+    TextSide,
     build_generator,
     generator_card,
     generator_from_card,
-    text_width,
 )
 from motionrft.generators.sampling import generate
 from motionrft.representations.normalize import Normalizer
-from motionrft.training.checkpoint import Card, Snapshot, load_checkpoint, load_into, save_checkpoint
+from motionrft.training.checkpoint import Card, Checkpoint, Snapshot, load_checkpoint, load_into, save_checkpoint
 from motionrft.training.ema import Ema
 from motionrft.training.optim import OptimConfig
-from motionrft.training.recipes.common import BatchSource, Split, TrainConfig, close, in_parts, train, whole_parameters
+from motionrft.training.recipes.common import (
+    BatchSource,
+    Split,
+    TrainConfig,
+    close,
+    in_parts,
+    put_parameters,
+    train,
+    whole_parameters,
+)
 from motionrft.training.stages import read_json, seconds_of, write_json
+from motionrft.training.state_dict import require_same_tensors
 
 KIND = "generator"
+PRETRAIN_STAGES = ("generator", "autoencoder", "distill")
+_FINISH_BATCHES = 16  # training batches on which a finished stage measures its latent statistics
 
 
 @dataclass(frozen=True)
@@ -56,13 +68,20 @@ class PretrainRecipe:
     """Length and optimiser."""
     longer: float = 1.0
     """Go on to this multiple of `train.steps` in the same run; the model at `train.steps` is kept as well."""
-    representation: str = "kinematic"
-    """What it generates."""
+    representation: str = ""
+    """What it generates: "kinematic", "joint" or "rotation"; "" = the family's own."""
+    stage: str = "generator"
+    """What learns: "autoencoder" (first, for families that denoise latents), "generator", or "distill"."""
 
     def __post_init__(self) -> None:
-        """Check the multiple."""
+        """Report every contradiction at once."""
+        problems = []
         if self.longer < 1.0:
-            raise ConfigError(f"pretrain.longer must be at least 1, got {self.longer}")
+            problems.append(f"longer must be at least 1, got {self.longer}")
+        if self.stage not in PRETRAIN_STAGES:
+            problems.append(f"stage must be one of {PRETRAIN_STAGES}, got {self.stage!r}")
+        if problems:
+            raise ConfigError("pretrain: " + "; ".join(problems))
 
     @property
     def long_steps(self) -> int:
@@ -86,23 +105,27 @@ class PretrainJob:
     """Folder of a pre-training stage whose kept snapshot this one goes on from, with its own data order."""
     seconds_of: str = ""
     """With `continue_from`: train for as many seconds as this finished stage took, instead of `recipe.train.steps`."""
+    autoencoder: str = ""
+    """Model folder that a stage "autoencoder" wrote: what a generator of latents decodes with."""
+    teacher: str = ""
+    """Model folder of the generator that stage "distill" learns from; its autoencoder is taken over."""
 
 
 def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
     """Stage: train a generator and write FOLDER/model (and FOLDER/model_long if the recipe goes on)."""
     job = from_plain(PretrainJob, config, "pretrain")
     split = Split.open(job.dataset, "train", data)
-    representation = Representation(job.recipe.representation)
-    normalizer = split.normalizer(representation)
+    kind = job.generator.representation(job.recipe.representation)
     batches = BatchSource(
         split,
-        [representation],
+        [kind],
         job.generator.max_frames,
         job.recipe.train.batch_size,
         derive_seed("pretrain-data", job.seed, job.continue_from != ""),
         runtime,
     )
-    generator, card = _new_generator(job, split, normalizer)
+    generator, card = _new_generator(job, split, split.normalizer(kind))
+    training = _training(generator, job, runtime.device)
     _to(generator, runtime.device)
     steps = _planned_steps(job, folder, runtime)
     settings = replace(job.recipe.train, steps=steps)
@@ -113,28 +136,85 @@ def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
 
     def learn(engine: Engine, batch: MotionBatch, step: int) -> Mapping[str, Tensor]:
         def loss_of(part: MotionBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-            loss_B, metrics = pretrain_loss(generator, engine, part, step, noise_seed)  # type: ignore[arg-type]
+            loss_B, metrics = training.loss(engine, part, step, noise_seed)
             return loss_B.mean(), {**metrics, "loss/total": loss_B.detach().mean()}
 
         return in_parts(engine, batch.parts(settings.micro_batches), loss_of)
 
+    def keep(engine: Engine, ema: Ema | None, place: Path, done: int) -> None:
+        """Write the model (the average, where there is one) to PLACE. Collective."""
+        weights = whole_parameters(engine, ema)
+        if job.recipe.stage == "autoencoder":
+            # Its weights are a frozen part of the generator that is trained next: measure on what is written.
+            put_parameters(training.network, weights)
+            generator.finish("autoencoder", [batches(step) for step in range(min(_FINISH_BATCHES, base_steps))])
+            weights = {name: p.detach().float().cpu() for name, p in generator.network.named_parameters()}
+        if runtime.rank == 0:
+            save_weights(place, weights, card, Fixed.of(generator), done, engine.steps)
+
     def on_step(engine: Engine, ema: Ema | None, done: int) -> Mapping[str, float] | None:
-        if done == base_steps and not job.continue_from:
-            _keep(engine, ema, runtime, folder / "model", card, normalizer, done)
+        if training.after_step is not None:
+            training.after_step(engine.module, done)
+        if done == base_steps and not job.continue_from and steps > base_steps:
+            keep(engine, ema, folder / "model", done)
+        if done == base_steps and not job.continue_from and job.recipe.stage == "generator":
             _keep_snapshot(engine, ema, runtime, folder / "snapshot", card, done)
         if validation is not None and done % settings.validate_every == 0:
-            return {"loss/validation": _validation_loss(generator, engine, ema, validation, runtime, job)}
+            loss = _validation_loss(training, generator, engine, ema, validation, runtime, job)
+            return {"loss/validation": loss}
         return None
 
     engine, ema, outcome = train(
-        runtime, generator.network, settings, folder, card, job.seed, batches, learn, on_step, start.apply
+        runtime,
+        training.network,
+        settings,
+        folder,
+        card,
+        job.seed,
+        batches,
+        learn,
+        on_step,
+        start.apply,
+        extras=training.extras,
     )
-    if job.continue_from:
-        _keep(engine, ema, runtime, folder / "model", card, normalizer, outcome.step)
-    elif steps > base_steps:
-        _keep(engine, ema, runtime, folder / "model_long", card, normalizer, outcome.step)
+    long = steps > base_steps and not job.continue_from
+    keep(engine, ema, folder / ("model_long" if long else "model"), outcome.step)
     close(engine)
     return {"steps": steps, "base_steps": base_steps, "loss": outcome.metrics.get("loss/total", math.nan)}
+
+
+def _training(generator: Generator, job: PretrainJob, device: torch.device) -> Training:
+    """Return what learns in this stage, after taking over what earlier stages left.
+
+    Raises:
+        ConfigError: a stage this family does not have, or one whose predecessor is not named.
+    """
+    stage, known = job.recipe.stage, generator.config.stages
+    where = f"pretrain.stage of {generator.spec.family}"
+    if stage not in known:
+        raise ConfigError(explain(f"one of {known}", repr(stage), where, "Choose another stage or family."))
+    if stage == "distill":
+        if not job.teacher:
+            raise ConfigError(explain("inputs.teacher", "nothing", where, "Name the model folder to distil."))
+        return generator.training(stage, load_generator(job.teacher, device))
+    if stage == "generator" and "autoencoder" in known:
+        if not job.autoencoder:
+            raise ConfigError(
+                explain("inputs.autoencoder", "nothing", where, "Train one with --pretrain.stage=autoencoder first.")
+            )
+        found = load_checkpoint(Path(job.autoencoder), expected_kind=KIND).snapshot.extras
+        _take_frozen(generator, found.get("frozen", {}), job.autoencoder)
+    training = generator.training(stage)
+    if stage == "autoencoder":
+        training.network.requires_grad_(True)  # a frozen part at every other time
+    return training
+
+
+def _take_frozen(generator: Generator, found: Mapping[str, Tensor], folder: str) -> None:
+    """Copy the frozen parts of a model folder, which must be those of the same family and sizes."""
+    own = {name: tuple(tensor.shape) for name, tensor in generator.frozen.state_dict().items()}
+    require_same_tensors(own, found, f"{folder}: frozen parts", "Train the autoencoder with the same generator.model.")
+    generator.frozen.load_state_dict(found, strict=True)
 
 
 class _Start:
@@ -176,13 +256,13 @@ def _planned_steps(job: PretrainJob, folder: Path, runtime: Runtime) -> int:
     return int((read_json(plan) or {})["steps"])
 
 
-def _new_generator(job: PretrainJob, split: Split, normalizer: Normalizer) -> tuple[MotionGenerator, Card]:
-    width = text_width(job.generator, split.text.dim, split.text.pooled_dim)
-    text = {"text_dim": width, "text_encoder": split.text.fingerprint, "fps": split.clips.fps}
+def _new_generator(job: PretrainJob, split: Split, normalizer: Normalizer) -> tuple[Generator, Card]:
+    null = split.text.condition([""]) if job.generator.model.needs_null else None
+    text = TextSide(split.text.fingerprint, split.text.dim, split.text.pooled_dim, null)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("generator", job.seed))
-        generator = build_generator(job.generator, normalizer, **text)  # type: ignore[arg-type]
-    made = to_plain(generator_card(job.generator, normalizer, **text))  # type: ignore[arg-type]
+        generator = build_generator(job.generator, normalizer, text, split.clips.fps)
+    made = to_plain(generator_card(job.generator, normalizer, text, split.clips.fps))
     return generator, generator_checkpoint_card(made, normalizer, {"job": to_plain(job)})
 
 
@@ -195,15 +275,6 @@ def generator_checkpoint_card(
         "text_encoder": str(description["text_encoder"]),
     }
     return Card(KIND, {"generator": dict(description), "origin": dict(origin)}, prints)
-
-
-def _keep(
-    engine: Engine, ema: Ema | None, runtime: Runtime, place: Path, card: Card, normalizer: Normalizer, done: int
-) -> None:
-    """Write the model (the average, where there is one) to PLACE. Collective."""
-    weights = whole_parameters(engine, ema)
-    if runtime.rank == 0:
-        save_weights(place, weights, card, normalizer, done, engine.steps)
 
 
 def _keep_snapshot(engine: Engine, ema: Ema | None, runtime: Runtime, place: Path, card: Card, done: int) -> None:
@@ -219,7 +290,13 @@ def _keep_snapshot(engine: Engine, ema: Ema | None, runtime: Runtime, place: Pat
 
 @torch.no_grad()
 def _validation_loss(
-    generator: MotionGenerator, engine: Engine, ema: Ema | None, split: Split, runtime: Runtime, job: PretrainJob
+    training: Training,
+    generator: Generator,
+    engine: Engine,
+    ema: Ema | None,
+    split: Split,
+    runtime: Runtime,
+    job: PretrainJob,
 ) -> float:
     """Return the loss of this rank's share of validation clips, at times and noise that never change."""
     rows = range(runtime.rank, len(split.clips), runtime.world)
@@ -227,7 +304,7 @@ def _validation_loss(
     module = engine.module
     module.eval()
     with ema.applied(module) if ema is not None else nullcontext():
-        loss_B, _ = pretrain_loss(generator, module, batch, 0, derive_seed("validation"))  # type: ignore[arg-type]
+        loss_B, _ = training.loss(module, batch, 0, derive_seed("validation"))
     module.train()
     return float(loss_B.mean())
 
@@ -235,16 +312,35 @@ def _validation_loss(
 # ------------------------------------------------------------------------------------------------ weights on disk
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """What a generator's checkpoint holds beside its trained weights."""
+
+    normalizer: Normalizer
+    frozen: Mapping[str, Tensor]
+    """Autoencoder, latent statistics, empty caption; possibly nothing."""
+
+    @classmethod
+    def of(cls, generator: Generator) -> Fixed:
+        """Return the fixed parts of a generator, copied to the CPU."""
+        frozen = {name: t.detach().cpu().contiguous().clone() for name, t in generator.frozen.state_dict().items()}
+        return cls(generator.normalizer.to("cpu"), frozen)
+
+    def extras(self) -> dict[str, Mapping[str, Tensor]]:
+        """Return them as files of a checkpoint."""
+        statistics = {"mean": self.normalizer.mean.cpu().clone(), "std": self.normalizer.std.cpu().clone()}
+        return {"normalizer": statistics, **({"frozen": self.frozen} if self.frozen else {})}
+
+
 def save_weights(
-    place: Path, weights: Mapping[str, Tensor], card: Card, normalizer: Normalizer, done: int, optimizer_steps: int
+    place: Path, weights: Mapping[str, Tensor], card: Card, fixed: Fixed, done: int, optimizer_steps: int
 ) -> Path:
-    """Write a generator's weights with its statistics to PLACE and return the checkpoint folder."""
+    """Write a generator's weights with its fixed parts to PLACE and return the checkpoint folder."""
     model = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
-    extras = {"normalizer": {"mean": normalizer.mean.cpu().clone(), "std": normalizer.std.cpu().clone()}}
-    return save_checkpoint(place, Snapshot(done, optimizer_steps, model, {}, extras), card)
+    return save_checkpoint(place, Snapshot(done, optimizer_steps, model, {}, fixed.extras()), card)
 
 
-def load_generator(folder: Path | str, device: torch.device | str = "cpu") -> MotionGenerator:
+def load_generator(folder: Path | str, device: torch.device | str = "cpu") -> Generator:
     """Return the generator whose weights lie in a model folder, in eval mode.
 
     Raises:
@@ -252,26 +348,28 @@ def load_generator(folder: Path | str, device: torch.device | str = "cpu") -> Mo
     """
     checkpoint = load_checkpoint(Path(folder), expected_kind=KIND)
     description = checkpoint.card.config["generator"]
-    packed = checkpoint.snapshot.extras["normalizer"]
-    normalizer = Normalizer(packed["mean"], packed["std"], Representation(description["representation"]))
     with torch.random.fork_rng(devices=[]):  # the weights are overwritten: callers keep their random state
-        _, generator = generator_from_card(description, normalizer)
+        _, generator = generator_from_card(description, _normalizer_of(checkpoint))
     load_into(generator.network, checkpoint)
+    _take_frozen(generator, checkpoint.snapshot.extras.get("frozen", {}), str(folder))
     generator.network.eval()
     return _to(generator, device)
 
 
-def load_description(folder: Path | str) -> tuple[Card, Normalizer]:
-    """Return a model's card and statistics, to save weights derived from it."""
-    checkpoint = load_checkpoint(Path(folder), expected_kind=KIND)
+def _normalizer_of(checkpoint: Checkpoint) -> Normalizer:
     packed = checkpoint.snapshot.extras["normalizer"]
     kind = Representation(checkpoint.card.config["generator"]["representation"])
-    return checkpoint.card, Normalizer(packed["mean"], packed["std"], kind)
+    return Normalizer(packed["mean"], packed["std"], kind)
 
 
-def _to(generator: MotionGenerator, device: torch.device | str) -> MotionGenerator:
-    generator.to(device)  # type: ignore[attr-defined]
-    return generator
+def load_description(folder: Path | str) -> tuple[Card, Fixed]:
+    """Return a model's card and fixed parts, to save weights derived from it."""
+    checkpoint = load_checkpoint(Path(folder), expected_kind=KIND)
+    return checkpoint.card, Fixed(_normalizer_of(checkpoint), checkpoint.snapshot.extras.get("frozen", {}))
+
+
+def _to(generator: Generator, device: torch.device | str) -> Generator:
+    return generator.to(device)
 
 
 # --------------------------------------------------------------------------------------------------------- generating
@@ -316,7 +414,7 @@ def run_generate(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
         motion = generate(
             generator,
             None,
-            batch.text,
+            batch.prompt,
             batch.lengths_B,
             batch.keys_B,
             num_steps=job.num_steps,
