@@ -62,8 +62,9 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = [job("semantic", "reward:run_semantic", reward(dataset, micro_batches=micro), world, micro)]
         if micro == 1:
             made.append(job("evaluator", "evaluators:run", evaluator, world))
-        mdm = {"latent_dim": 16, "layers": 1, "heads": 2, "ff": 32, "dropout": 0.0}
-        pretrain = {"dataset": str(dataset), "generator": {"family": "mdm", "max_frames": 32, "mdm": mdm},
+        sizes = {"latent_dim": 16, "layers": 1, "heads": 2, "ff": 32, "dropout": 0.0}
+        mdm = {"class_path": "motionrft.generators.mdm_network.MDMConfig", "init_args": sizes}
+        pretrain = {"dataset": str(dataset), "generator": {"max_frames": 32, "model": mdm},
                     "recipe": {"train": training(micro_batches=micro)}}  # fmt: skip
         made.append(job("pretrain", "generator:run_pretrain", pretrain, world, micro))
         made += [job(f"refine_{m}", "reward:run_semantic", refine(m, micro), world, micro) for m in MODES]
