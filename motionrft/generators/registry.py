@@ -10,12 +10,13 @@ from motionrft.core.errors import CheckpointError, ConfigError, explain
 from motionrft.core.plain import from_plain, to_plain
 from motionrft.core.protocols import GeneratorSpec
 from motionrft.core.types import Condition, Representation
+from motionrft.generators.acmdm import ACMDMConfig, ACMDMGenerator
 from motionrft.generators.base import Build, Generator, ModelConfig
 from motionrft.generators.mdm import MDMConfig, MDMGenerator
 from motionrft.representations.normalize import Normalizer
 
 FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = {
-    config.family: (config, make) for config, make in [(MDMConfig, MDMGenerator)]
+    config.family: (config, make) for config, make in [(MDMConfig, MDMGenerator), (ACMDMConfig, ACMDMGenerator)]
 }
 """Family -> its configuration, and what makes its generator."""
 
