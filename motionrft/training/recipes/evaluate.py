@@ -28,7 +28,7 @@ from motionrft.generators.sampling import generate
 from motionrft.reward.motion_reward import MotionReward
 from motionrft.reward.terms import LEARNED_TERMS, import_terms
 from motionrft.training.recipes.common import Split
-from motionrft.training.recipes.generator import load_generator
+from motionrft.training.recipes.generator_files import load_generator
 from motionrft.training.recipes.reward import load_reward, require_text_encoder
 
 _LOG = logging.getLogger(__name__)
