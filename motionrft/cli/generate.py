@@ -17,7 +17,7 @@ from motionrft.generators.sampling import generate
 from motionrft.nn.text import load_text_encoder
 from motionrft.report.clips import ClipView
 from motionrft.report.html import write_report
-from motionrft.training.recipes.generator import load_generator
+from motionrft.training.recipes.generator_files import load_generator
 
 
 def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:

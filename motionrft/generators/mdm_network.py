@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ class MDMConfig(ModelConfig):
     prediction = "x0"
     solvers = ("ddim", "ddpm")
     default_guidance = 2.5
+    lora_targets: ClassVar = {
+        "default": r"seqTrans\w+\.layers\.\d+\.(\w+_attn\.out_proj|linear[12])|(in|out)put_process\.\w+"
+    }
 
     latent_dim: int = 192
     """Transformer width E."""

@@ -13,12 +13,16 @@ from motionrft.core.types import Condition, Representation
 from motionrft.generators.acmdm import ACMDMConfig, ACMDMGenerator
 from motionrft.generators.base import Build, Generator, ModelConfig
 from motionrft.generators.mdm import MDMConfig, MDMGenerator
+from motionrft.generators.released import ReleasedFormat
 from motionrft.representations.normalize import Normalizer
 
 FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = {
     config.family: (config, make) for config, make in [(MDMConfig, MDMGenerator), (ACMDMConfig, ACMDMGenerator)]
 }
 """Family -> its configuration, and what makes its generator."""
+
+FORMATS: dict[str, ReleasedFormat] = {}
+"""Family -> how its released files are read and written."""
 
 
 @dataclass(frozen=True)
