@@ -171,7 +171,9 @@ class ACMDMGenerator(Generator):
             return super().training(stage, teacher)
         if cast(ACMDMLatentConfig, self.config).variational:
             raise ConfigError(
-                explain("a plain auto-encoder", "variational=true", "stage 'autoencoder'", "Train with variational=false.")
+                explain(
+                    "a plain auto-encoder", "variational=true", "stage 'autoencoder'", "Train with variational=false."
+                )
             )
         return Training(self.space.autoencoder, self.autoencoder_loss)
 

@@ -11,6 +11,7 @@ from motionrft.core.plain import from_plain, to_plain
 from motionrft.core.protocols import GeneratorSpec
 from motionrft.core.types import Condition, Representation
 from motionrft.generators.acmdm import ACMDMConfig, ACMDMGenerator
+from motionrft.generators.acmdm_released import ACMDMReleased
 from motionrft.generators.base import Build, Generator, ModelConfig
 from motionrft.generators.mdm import MDMConfig, MDMGenerator
 from motionrft.generators.released import ReleasedFormat
@@ -21,7 +22,7 @@ FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Build, Any], Generator]]]
 }
 """Family -> its configuration, and what makes its generator."""
 
-FORMATS: dict[str, ReleasedFormat] = {}
+FORMATS: dict[str, ReleasedFormat] = {form.family: form for form in [ACMDMReleased()]}
 """Family -> how its released files are read and written."""
 
 
