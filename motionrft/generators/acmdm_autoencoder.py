@@ -7,7 +7,8 @@ T frames, L = T / 4 latents, J joints, C latent channels, W width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +50,12 @@ class ACMDMLatentConfig(ACMDMConfig):
 
 def released_latent(scale: str, patch: int = 22) -> ACMDMLatentConfig:
     """Return the published latent model: "S", "B", "L" or "XL", patches of 22, 11 or 2 joints."""
-    base = released(scale, patch)
-    sizes = {"layers": base.layers, "heads": base.heads, "patch": patch, "text_dim": base.text_dim}
-    return replace(ACMDMLatentConfig(ae_width=512, ae_dropout=0.2), **sizes)
+    return latent(released(scale, patch), ae_width=512, ae_dropout=0.2)
+
+
+def latent(model: ACMDMConfig, **sizes: Any) -> ACMDMLatentConfig:
+    """Return the model on latents with the same transformer; `sizes` are fields of the auto-encoder."""
+    return ACMDMLatentConfig(**asdict(model), **sizes)
 
 
 class _CausalConv(nn.Conv2d):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class ACMDMConfig(ModelConfig):
     prediction = "velocity"
     solvers = ("euler",)
     default_guidance = 3.0
-    lora_targets = {"default": r"ACMDMTransformer\.\d+\.(attn\.(qkv|proj)|mlp\.(w12|w3))"}
+    lora_targets: ClassVar = {"default": r"ACMDMTransformer\.\d+\.(attn\.(qkv|proj)|mlp\.(w12|w3))"}
 
     layers: int = 4
     """Transformer blocks."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from motionrft.core.errors import CheckpointError, explain
 from motionrft.generators.acmdm import ACMDMGenerator
-from motionrft.generators.acmdm_autoencoder import FRAMES_PER_LATENT, ACMDMLatentConfig
+from motionrft.generators.acmdm_autoencoder import ACMDMLatentConfig, latent
 from motionrft.generators.acmdm_network import HEAD_DIM, SCALES, ACMDMConfig
 from motionrft.generators.base import Generator
 from motionrft.generators.released import ReleasedFormat, ReleasedGenerator
@@ -35,7 +34,7 @@ class ACMDMReleased(ReleasedFormat):
     """
 
     family = "acmdm"
-    text = "ACMDM on joints or latents: checkpoints/t2m with the ACMDM and AE_2D_Causal folders, 22x3_mean.npy, 22x3_std.npy"
+    text = "ACMDM: folder with ACMDM*/model/latest.tar, AE_2D_Causal (latent models), 22x3_mean.npy and 22x3_std.npy"
     licence = "MIT (neu-vi/ACMDM); trained on HumanML3D, whose motions have their own terms"
 
     def patterns(self) -> Mapping[str, tuple[str, ...]]:
@@ -160,15 +159,14 @@ def _network_sizes(network: Mapping[str, Tensor]) -> ACMDMConfig:
 def _latent_sizes(model: ACMDMConfig, autoencoder: Mapping[str, Tensor]) -> ACMDMLatentConfig:
     width, channels = _shape(autoencoder, "decoder.conv_in.weight", 4)[:2]
     upsampling = [int(found[1]) for name in autoencoder if (found := _UPSAMPLING.fullmatch(name))]
-    sizes = {"layers": model.layers, "heads": model.heads, "patch": model.patch, "text_dim": model.text_dim}
-    latent = ACMDMLatentConfig(
+    return latent(
+        model,
         latent_channels=channels,
         ae_width=width,
         ae_depth=min(upsampling, default=0),
         ae_dropout=0.2,
         variational=_shape(autoencoder, "encoder.conv_out.weight", 4)[0] == 2 * channels,
     )
-    return replace(latent, **sizes)
 
 
 def _statistics(files: Mapping[str, Any], role: str) -> Tensor | None:

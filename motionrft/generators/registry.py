@@ -18,7 +18,8 @@ from motionrft.generators.released import ReleasedFormat
 from motionrft.representations.normalize import Normalizer
 
 FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = {
-    config.family: (config, make) for config, make in [(MDMConfig, MDMGenerator), (ACMDMConfig, ACMDMGenerator)]
+    "acmdm": (ACMDMConfig, ACMDMGenerator),
+    "mdm": (MDMConfig, MDMGenerator),
 }
 """Family -> its configuration, and what makes its generator."""
 
