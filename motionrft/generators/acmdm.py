@@ -43,6 +43,8 @@ class ACMDMGenerator(Generator):
     stage "autoencoder". A noise-aware reward can read the noisy state of a raw model; that of a latent model reaches
     it decoded, which is not the noise such a reward was trained on: score latent models by `x0_hat`.
 
+    Differs: the sampler is Euler's; the published adaptive one couples the samples of a batch and has no gradient.
+
     Args:
         build: identity, statistics, sampler; the size of the sentence vectors replaces the config's.
         config: sizes; its class says raw or latent.

@@ -136,11 +136,13 @@ class CausalAutoencoder(nn.Module):
 
     def encode(self, motion_BTJ3: Tensor) -> Tensor:
         """Return latents (B, T // 4, J, C); frames beyond a multiple of 4 are not read."""
-        return self.encoder(motion_BTJ3.permute(0, 3, 1, 2))[:, : self.channels].permute(0, 2, 3, 1)
+        x = motion_BTJ3.permute(0, 3, 1, 2).to(self.encoder.conv_in.weight.dtype)
+        return self.encoder(x)[:, : self.channels].permute(0, 2, 3, 1)
 
     def decode(self, z_BLJC: Tensor) -> Tensor:
         """Return motion (B, 4 L, J, 3)."""
-        return self.decoder(z_BLJC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        z = z_BLJC.permute(0, 3, 1, 2).to(self.decoder.conv_in.weight.dtype)
+        return self.decoder(z).permute(0, 2, 3, 1)
 
     def forward(self, motion_BTJ3: Tensor) -> Tensor:
         """Return the reconstruction of the first 4 (T // 4) frames."""
