@@ -112,6 +112,7 @@ def build_generator(config: GeneratorConfig, normalizer: Normalizer, text: TextS
         prediction=model.prediction,
         train_steps=config.train_steps,
         guidance_scale=model.default_guidance if config.guidance is None else config.guidance,
+        sampling_steps=config.sampling_steps,
     )
     build = Build(spec, normalizer, text.token_dim, text.pooled_dim, config.solver, config.eta, text.null)
     return FAMILIES[model.family][1](build, model)
