@@ -14,7 +14,7 @@ from motionrft.core.errors import CheckpointError, ConfigError, explain
 from motionrft.core.rng import stable_key
 from motionrft.evaluation.motions import MotionSet
 from motionrft.generators.sampling import generate
-from motionrft.nn.text import load_text_encoder
+from motionrft.nn.text import TEXT_ENCODER_HELP, load_text_encoder
 from motionrft.report.clips import ClipView
 from motionrft.report.html import write_report
 from motionrft.training.recipes.generator import load_generator
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("--caption", action="append", default=[], help="what the body does; may be given often")
     parser.add_argument("--captions", type=Path, help="text file, one caption per line")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of each motion")
-    parser.add_argument("--text-encoder", default="minilm", help="minilm, or a sentence-transformer folder or hub name")
+    parser.add_argument("--text-encoder", default="minilm", help=TEXT_ENCODER_HELP)
     add_run_arguments(parser, "runs/generate")
 
 

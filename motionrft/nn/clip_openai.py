@@ -64,7 +64,7 @@ def from_openai(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Te
             state[theirs[0]] = ours[name].T.contiguous()
         else:
             for part, target in zip(ours[name].chunk(len(theirs)), theirs, strict=True):
-                state[target] = part.contiguous()
+                state[target] = part.clone()  # views of one matrix could not be stored as several
     return state
 
 
