@@ -104,8 +104,8 @@ class LatentGenerator(Generator):
     ) -> None:
         super().__init__(build, config, network, frozen=latents, guidance=guidance)  # type: ignore[arg-type]
         self.latents = latents
-        # Tables of the published models are float32; these agree to its rounding.
-        self.alpha_bar = alpha_bars("scaled_linear", self.spec.train_steps)  # (N,) float64, CPU
+        # Published models were trained on this rounding.
+        self.alpha_bar = alpha_bars("scaled_linear", self.spec.train_steps, dtype=torch.float32)  # (N,) float64, CPU
         longest = config.positions - 2 * config.latent_tokens
         if self.spec.max_frames > longest:
             raise ConfigError(

@@ -116,18 +116,34 @@ def guidance_embedding(w_B: Tensor, size: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-class GuidedTimeEmbedding(TimeEmbedding):
-    """Time embedding whose sinusoid is shifted by a projection of the guidance strength, zero at start."""
+class LatentTimeEmbedding(TimeEmbedding):
+    """Time embedding on a float32 sinusoid, for consistency models shifted by a projection of the guidance strength.
 
-    def __init__(self, dim: int, sinusoid_size: int, guidance_size: int) -> None:
+    Args:
+        dim: output size.
+        sinusoid_size: of the time's sinusoid.
+        guidance_dim: of the guidance embedding; 0 = none. Its projection starts at zero.
+    """
+
+    def __init__(self, dim: int, sinusoid_size: int, guidance_dim: int = 0) -> None:
         super().__init__(dim, sinusoid_size)
-        self.cond_proj = nn.Linear(guidance_size, sinusoid_size, bias=False)
-        nn.init.zeros_(self.cond_proj.weight)
+        self.guidance_dim = guidance_dim
+        if guidance_dim:
+            self.cond_proj = nn.Linear(guidance_dim, sinusoid_size, bias=False)
+            nn.init.zeros_(self.cond_proj.weight)
 
-    def forward(self, t_B: Tensor, guidance_BG: Tensor) -> Tensor:  # type: ignore[override]
-        """Return (B, D) of times and `guidance_embedding`."""
+    def forward(self, t_B: Tensor, guidance_BG: Tensor | None = None) -> Tensor:
+        """Return (B, D) of times and, for models that have it, `guidance_embedding`.
+
+        Raises:
+            ValueError: guidance is missing, or not wanted.
+        """
+        if (guidance_BG is None) != (self.guidance_dim == 0):
+            raise ValueError(f"guidance embedding of size {self.guidance_dim} (0 = none) must be given exactly then")
         dtype = self.linear_1.weight.dtype
-        waves = time_sinusoid(t_B, self.sinusoid_size).to(dtype) + self.cond_proj(guidance_BG.to(dtype))
+        waves = time_sinusoid(t_B, self.sinusoid_size, dtype=torch.float32).to(dtype)
+        if guidance_BG is not None:
+            waves = waves + self.cond_proj(guidance_BG.to(dtype))
         return self.linear_2(silu(self.linear_1(waves)))
 
 
@@ -145,28 +161,24 @@ class MLDDenoiser(nn.Module):
         self.text_gain = sizes.text_gain
         self.latent_pre: nn.Module = nn.Linear(sizes.latent_dim, width) if sizes.projected else nn.Identity()
         self.latent_post: nn.Module = nn.Linear(width, sizes.latent_dim) if sizes.projected else nn.Identity()
-        self.time_embedding = (
-            GuidedTimeEmbedding(width, sizes.time_dim, guidance_dim)
-            if guidance_dim
-            else TimeEmbedding(width, sizes.time_dim)
-        )
+        self.time_embedding = LatentTimeEmbedding(width, sizes.time_dim, guidance_dim)
         self.emb_proj = nn.Sequential(nn.ReLU() if sizes.text_relu else nn.Identity(), nn.Linear(sizes.text_dim, width))
         self.query_pos = PositionTable(sizes.positions, width)
         self.encoder = sizes.stack()
 
-    def forward(self, x_BNd: Tensor, t_B: Tensor, text_BC: Tensor, *guidance_BG: Tensor) -> Tensor:
+    def forward(self, x_BNd: Tensor, t_B: Tensor, text_BC: Tensor, guidance_BG: Tensor | None = None) -> Tensor:
         """Return the noise estimate (B, N, d).
 
         Args:
             x_BNd: noisy latents.
             t_B: int64 diffusion steps.
             text_BC: sentence vectors.
-            guidance_BG: `guidance_embedding`, one tensor for models that have it, else nothing. It is made outside:
-                engines of low precision round what they pass in.
+            guidance_BG: `guidance_embedding`, for models that have it. It is made outside: engines of low precision
+                round what they pass in.
         """
         dtype = self.query_pos.pe.dtype
         latents = self.latent_pre(x_BNd.to(dtype))
-        time = self.time_embedding(t_B, *guidance_BG)[:, None]
+        time = self.time_embedding(t_B, guidance_BG)[:, None]
         text = self.emb_proj(self.text_gain * text_BC.to(dtype))[:, None]
         h = self.encoder(self.query_pos(torch.cat([latents, time, text], dim=1)))
         return self.latent_post(h[:, : x_BNd.shape[1]])

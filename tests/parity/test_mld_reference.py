@@ -1,0 +1,224 @@
+"""MLD and MLD++ against recorded outputs of the published networks and sampler (tiny weights)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
+
+from motionrft.core.types import valid_mask
+from motionrft.diffusion.denoise import SAMPLE, StepAction, denoise
+from motionrft.diffusion.prediction import add_noise, x0_coefficients
+from motionrft.diffusion.schedules import alpha_bars, spaced_timesteps
+from motionrft.generators.mld import MLDPP, OFFICIAL, MLDGenerator
+from motionrft.generators.mld_network import LatentSizes, MLDDenoiser
+from motionrft.generators.mld_vae import MotionVAE, sample_posterior
+from motionrft.generators.motionlcm import LCM_V1, LCM_V2
+from motionrft.nn.embeddings import time_sinusoid
+from tests.latent_fixtures import Recorded, close, condition, frame_objective, gradient_norms
+from tests.paths import shared_path
+
+pytestmark = pytest.mark.parity
+FILES = {"mld": "mld_tiny.npz", "mldpp": "mldpp_motionlcm_tiny.npz"}
+
+
+class Model:
+    """One generator with its arrays by short name."""
+
+    def __init__(self, name: str) -> None:
+        self.recorded = Recorded(FILES[name])
+        self.at = "" if name == "mld" else f"{name}/"
+        found = self.recorded.generator("" if name == "mld" else name)
+        assert isinstance(found, MLDGenerator)
+        self.generator = found
+        self.lengths, self.mask = self("in/lengths"), self("in/mask")
+
+    def __call__(self, name: str) -> Tensor:
+        return self.recorded(self.at + name)
+
+    @property
+    def network(self) -> MLDDenoiser:
+        return self.generator.network
+
+    @property
+    def vae(self) -> MotionVAE:
+        return self.generator.latents.vae
+
+    def guided(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.generator.predict(self.network, x, t, condition(self("in/text")[:, 0]), self.lengths)
+
+    def chain(self, num_steps: int, x_T: Tensor, action: StepAction = SAMPLE) -> list:
+        return list(denoise(self.generator.solver(num_steps), [action] * num_steps, self.guided, x_T))
+
+
+@pytest.fixture(params=FILES)
+def model(request: pytest.FixtureRequest) -> Model:
+    return Model(request.param)
+
+
+@torch.no_grad()
+def test_autoencoder_and_its_losses_agree(model: Model) -> None:
+    feats, noise, mask = model("in/feats"), model("in/vae_eps"), model.mask
+    assert torch.equal(valid_mask(model.lengths, 40), mask)
+    decoded, mean, logvar = model.vae(feats, model.lengths, noise)
+    close(mean, model("out/vae_mu"), 5e-6)
+    close(logvar, model("out/vae_logvar"), 5e-6)
+    close((0.5 * logvar).exp(), model("out/vae_std"), 5e-6)
+    close(sample_posterior(mean, logvar, noise), model("out/vae_z"), 5e-6)
+    close(model.generator.encode(feats, model.lengths, noise), model("out/vae_z"), 5e-6)
+    got = model.generator.decode(model("in/z"), model.lengths)
+    close(got, model("out/decode_z"), 5e-6)
+    assert (got[~mask] == 0).all()
+    close(smooth_l1_loss(decoded, feats), model("out/loss_recfeats_plain"), 5e-6)
+    _, parts = model.generator.autoencoder_loss(lambda *_: (decoded, mean, logvar), _batch(feats, model.lengths), 0, 0)
+    close(parts["loss/features"], model("out/loss_recfeats_masked"), 5e-6)
+    close(parts["loss/kl"], model("out/loss_kl"), 5e-6)
+
+
+def _batch(feats: Tensor, lengths: Tensor):
+    from motionrft.core.types import MotionBatch, Representation
+
+    ids = ("a", "b", "c")
+    text = condition(torch.zeros(3, 768))
+    motions = {Representation.KINEMATIC: feats}
+    return MotionBatch(ids, motions, lengths, 20.0, ids, text, torch.full((3,), -1), torch.arange(3))
+
+
+def test_gradient_through_the_decoder_agrees(model: Model) -> None:
+    z = model("in/z").clone().requires_grad_()
+    loss = frame_objective(model.generator.decode(z, model.lengths), model("in/feats"), model.mask)
+    loss.backward()
+    close(loss.detach(), model("out/grad_decode_loss"), 1e-4)
+    close(z.grad, model("out/grad_decode_z"), 1e-4)
+    assert all(p.grad is None for p in model.vae.parameters())
+
+
+@torch.no_grad()
+def test_denoiser_agrees_token_by_token(model: Model) -> None:
+    network, x, t, text = model.network, model("in/x"), model("in/t"), model("in/text")[:, 0]
+    waves = time_sinusoid(t, network.time_embedding.sinusoid_size, dtype=torch.float32)
+    close(waves, model("out/time_sinusoid"), 1e-4)
+    close(network.time_embedding(t), model("out/time_token"), 5e-6)
+    close(network.emb_proj(text)[:, None], model("out/text_token"), 5e-6)
+    close(network(x, t, text), model("out/eps_cond"), 5e-6)
+    close(network(x, torch.full((3,), 501), text), model("out/eps_cond_t501"), 5e-6)
+    assert (model("in/text_uncond")[0, 0] == model.generator.latents.null).all()
+    plain, keep = condition(text), torch.zeros(3, dtype=torch.bool)
+    close(model.generator.call(network, x, t, plain, keep, model.lengths), model("out/eps_uncond"), 5e-6)
+    guided = model.guided(x, t)
+    close(guided, model("out/eps_cfg"), 5e-6)
+    p, q = (c.float()[:, None, None] for c in x0_coefficients(model.generator.alpha_bar[t], "eps"))
+    close(p * x + q * model("out/eps_cond"), model("out/x0_cond"), 5e-6)
+    close(p * x + q * guided, model("out/x0_cfg"), 5e-6)
+
+
+@torch.no_grad()
+def test_double_precision_agrees(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, vae = model.network.double(), model.vae.double()
+    x, t, text = model("in/x").double(), model("in/t"), model("in/text")[:, 0].double()
+    null = model("in/text_uncond")[:, 0].double().expand_as(text)
+    # The published sinusoid is float32 in either precision; take its values where another exp rounds differently.
+    waves = model("out/time_sinusoid")
+    monkeypatch.setattr("motionrft.generators.mld_network.time_sinusoid", lambda *_, **__: waves)
+    close(network(x, t, text), model("out64/eps_cond"), 1e-9)
+    close(network(x, t, null), model("out64/eps_uncond"), 1e-9)
+    mean, logvar = vae.encode(model("in/feats").double(), model.lengths)
+    close(mean, model("out64/vae_mu"), 1e-9)
+    close(logvar, model("out64/vae_logvar"), 1e-9)
+    close(vae.decode(model("in/z").double(), model.lengths, 40)[1], model("out64/decode_z_sample1"), 1e-9)
+
+
+@torch.no_grad()
+def test_training_example_agrees(model: Model) -> None:
+    t, noise = model("in/t"), model("in/train_noise")
+    x_t = add_noise(model("out/vae_z"), noise, model.generator.alpha_bar[t])
+    close(x_t, model("out/train_x_t"), 1e-6)
+    error = model.network(x_t, t, model("in/text")[:, 0]) - noise
+    close(error.square().mean((1, 2)).mean(), model("out/train_loss"), 5e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_steps", [5, 50])
+def test_whole_sampling_chains_agree(model: Model, num_steps: int) -> None:
+    table = model.generator.solver(num_steps)
+    close(model.generator.alpha_bar, model.recorded("sched/alphas_cumprod"), 1e-7)
+    assert table.model_time.tolist() == model(f"out/ddim{num_steps}_timesteps").tolist()
+    states = model(f"out/ddim{num_steps}_x")
+    steps = model.chain(num_steps, model("in/x_T"))
+    for i, step in enumerate(steps):
+        eps = model.guided(step.x_in, table.model_time[i])
+        close(step.x_in, states[i], 3e-5)
+        close(eps, model(f"out/ddim{num_steps}_eps")[i], 3e-5)
+        close(step.x0_hat, model(f"out/ddim{num_steps}_x0")[i], 3e-5)
+    close(steps[-1].x_prev, states[-1], 3e-5)
+    if num_steps == 5:
+        close(model.generator.decode(steps[-1].x_prev, model.lengths), model("out/ddim5_decode"), 3e-5)
+
+
+def test_gradients_of_the_one_step_estimate_agree(model: Model) -> None:
+    x, t = model("in/x").clone().requires_grad_(), model("in/t_grad")
+    p, q = (c.float()[:, None, None] for c in x0_coefficients(model.generator.alpha_bar[t], "eps"))
+    x0 = p * x + q * model.guided(x, t)
+    loss = frame_objective(model.generator.decode(x0, model.lengths), model("in/feats"), model.mask)
+    loss.backward()
+    close(x0.detach(), model("out/grad_x0_x0"), 5e-6)
+    close(loss.detach(), model("out/grad_x0_loss"), 1e-4)
+    close(x.grad, model("out/grad_x0_x"), 1e-4)
+    names = model.recorded.arrays[f"{model.at}names/grad_params"]
+    close(gradient_norms(model.network, names), model("out/grad_x0_norms"), 1e-4)
+    if model.at:
+        close(model.network.latent_post.weight.grad, model("out/grad_x0_latent_post_weight"), 1e-4)
+    else:
+        close(model.network.emb_proj[1].bias.grad, model("out/grad_x0_emb_proj_1_bias"), 1e-4)
+
+
+def test_gradients_through_the_whole_chain_agree(model: Model) -> None:
+    x_T = model("in/x_T").clone().requires_grad_()
+    last = model.chain(5, x_T, StepAction(grad=True, cut_input=False, cut_after=False))[-1]
+    loss = frame_objective(model.generator.decode(last.x_prev, model.lengths), model("in/feats"), model.mask)
+    loss.backward()
+    limit = 1e-3 if model.at else 1e-4
+    close(loss.detach(), model("out/grad_ddim5_loss"), limit)
+    close(x_T.grad, model("out/grad_ddim5_xT"), limit)
+    names = model.recorded.arrays[f"{model.at}names/grad_params"]
+    close(gradient_norms(model.network, names), model("out/grad_ddim5_norms"), limit)
+
+
+@pytest.mark.parametrize("file", FILES.values())
+def test_schedule_agrees(file: str) -> None:
+    recorded = Recorded(file)
+    published = recorded("sched/alphas_cumprod")
+    close(alpha_bars("scaled_linear", 1000, dtype=torch.float32), published, 1e-7)
+    close(alpha_bars("scaled_linear", 1000), published, 1e-6)  # float64: what float32 products lose
+    for steps in (5, 10, 20, 25, 50):
+        assert spaced_timesteps(1000, steps, "leading").tolist() == recorded(f"sched/ddim_timesteps_{steps}").tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "guidance_dim", "millions"),
+    [
+        ("mld__original_humanml", OFFICIAL, 0, 8.221),  # without a table of positions that is never read
+        ("mld__v1_humanml", OFFICIAL, 0, 8.221),
+        ("mld__v2_humanml_mldpp", MLDPP, 0, 8.238),
+        ("motionlcm__v1_humanml", LCM_V1, 256, 8.418),
+        ("motionlcm__v2_humanml", LCM_V2, 256, 8.434),
+        ("mld__vae_original_stage1", OFFICIAL, 0, 8.221),
+        ("mld__vae_v2_humanml", MLDPP, None, 0.0),
+    ],
+)
+def test_names_and_shapes_are_the_published_ones(
+    name: str, sizes: LatentSizes, guidance_dim: int | None, millions: float
+) -> None:
+    card = json.loads(shared_path(f"golden/keys/{name}.json").read_text())
+    published = {key: tuple(shape) for key, shape, _ in card["tensors"] if key.startswith(("vae.", "denoiser."))}
+    published.pop("denoiser.mem_pos.pe", None)
+    with torch.device("meta"):
+        own = {f"vae.{key}": tuple(t.shape) for key, t in MotionVAE(263, sizes).state_dict().items()}
+        if guidance_dim is not None:
+            network = MLDDenoiser(sizes, guidance_dim)
+            own |= {f"denoiser.{key}": tuple(t.shape) for key, t in network.state_dict().items()}
+            assert round(sum(p.numel() for p in network.parameters()) / 1e6, 3) == millions
+    assert own == published
