@@ -49,6 +49,7 @@ class GeneratorSpec:
     prediction: str  # "x0" | "eps" | "velocity"
     train_steps: int
     guidance_scale: float
+    sampling_steps: int = 50  # denoising steps it is meant to be sampled with
 
 
 @runtime_checkable

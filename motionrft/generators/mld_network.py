@@ -180,5 +180,5 @@ class MLDDenoiser(nn.Module):
         latents = self.latent_pre(x_BNd.to(dtype))
         time = self.time_embedding(t_B, guidance_BG)[:, None]
         text = self.emb_proj(self.text_gain * text_BC.to(dtype))[:, None]
-        h = self.encoder(self.query_pos(torch.cat([latents, time, text], dim=1)))
+        h = self.encoder(self.query_pos(torch.cat([latents, time, text], dim=1)), None)
         return self.latent_post(h[:, : x_BNd.shape[1]])

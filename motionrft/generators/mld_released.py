@@ -248,6 +248,4 @@ def _scale(settings: Mapping[str, Any]) -> Tensor:
     return torch.tensor(float(settings.get("scale", 1.0)))
 
 
-FORMATS: tuple[type[ReleasedFormat], ...] = (MLDFormat, MotionLCMFormat)
-
-__all__ = ["FORMATS", "MLDFormat", "MotionLCMFormat"]
+__all__ = ["MLDFormat", "MotionLCMFormat"]

@@ -13,7 +13,9 @@ from motionrft.core.types import Condition, Representation
 from motionrft.generators.base import Build, Generator, ModelConfig
 from motionrft.generators.mdm import MDMConfig, MDMGenerator
 from motionrft.generators.mld import MLDConfig, MLDGenerator
+from motionrft.generators.mld_released import MLDFormat, MotionLCMFormat
 from motionrft.generators.motionlcm import MotionLCMConfig, MotionLCMGenerator
+from motionrft.generators.released import ReleasedFormat
 from motionrft.representations.normalize import Normalizer
 
 _FAMILIES: list[tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = [
@@ -23,6 +25,9 @@ _FAMILIES: list[tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = [
 ]
 FAMILIES = {config.family: (config, make) for config, make in _FAMILIES}
 """Family -> its configuration, and what makes its generator."""
+
+FORMATS: dict[str, ReleasedFormat] = {form.family: form for form in (MLDFormat(), MotionLCMFormat())}
+"""Family -> how its released files are read and written."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ def build_generator(config: GeneratorConfig, normalizer: Normalizer, text: TextS
         prediction=model.prediction,
         train_steps=config.train_steps,
         guidance_scale=model.default_guidance if config.guidance is None else config.guidance,
+        sampling_steps=config.sampling_steps,
     )
     build = Build(spec, normalizer, text.token_dim, text.pooled_dim, config.solver, config.eta, text.null)
     return FAMILIES[model.family][1](build, model)
