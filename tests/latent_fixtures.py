@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from motionrft.core.protocols import GeneratorSpec
-from motionrft.core.types import Condition, Representation
+from motionrft.core.types import Condition, MotionBatch, Representation, valid_mask
 from motionrft.generators.base import Build
 from motionrft.generators.mld import MLDConfig, MLDGenerator
 from motionrft.generators.motionlcm import MotionLCMConfig, MotionLCMGenerator
@@ -124,3 +124,14 @@ def small_lcm(seed: int = 0, features: int = 263, **changes: object) -> MotionLC
     generator = MotionLCMGenerator(build_of("motionlcm", 12, features=features), replace(SMALL_LCM, **changes))
     torch.nn.init.normal_(generator.network.time_embedding.cond_proj.weight, std=0.3)
     return generator
+
+
+def batch_of(rows: int = 4, frames: int = 16, features: int = 263, seed: int = 1) -> MotionBatch:
+    """Return clips of several lengths with sentence vectors of 12 features; padding is zero."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([16, 11, 7, 2])[:rows].clamp(max=frames)
+    motion = torch.randn(rows, frames, features, generator=draw) * valid_mask(lengths, frames)[..., None]
+    text = condition(torch.randn(rows, 12, generator=draw))
+    ids = tuple(f"clip{i}" for i in range(rows))
+    keys = torch.arange(rows) * 17 + 3
+    return MotionBatch(ids, {KIND: motion}, lengths, 20.0, ids, text, torch.full((rows,), -1), keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from motionrft.generators.mld_network import LatentSizes, MLDDenoiser
 from motionrft.generators.mld_vae import MotionVAE, sample_posterior
 from motionrft.generators.motionlcm import LCM_V1, LCM_V2
 from motionrft.nn.embeddings import time_sinusoid
-from tests.latent_fixtures import Recorded, close, condition, frame_objective, gradient_norms
+from tests.latent_fixtures import KIND, Recorded, batch_of, close, condition, frame_objective, gradient_norms
 from tests.paths import shared_path
 
 pytestmark = pytest.mark.parity
@@ -73,18 +74,10 @@ def test_autoencoder_and_its_losses_agree(model: Model) -> None:
     close(got, model("out/decode_z"), 5e-6)
     assert (got[~mask] == 0).all()
     close(smooth_l1_loss(decoded, feats), model("out/loss_recfeats_plain"), 5e-6)
-    _, parts = model.generator.autoencoder_loss(lambda *_: (decoded, mean, logvar), _batch(feats, model.lengths), 0, 0)
+    batch = replace(batch_of(3), motions={KIND: feats}, lengths_B=model.lengths)
+    _, parts = model.generator.autoencoder_loss(lambda *_: (decoded, mean, logvar), batch, 0, 0)
     close(parts["loss/features"], model("out/loss_recfeats_masked"), 5e-6)
     close(parts["loss/kl"], model("out/loss_kl"), 5e-6)
-
-
-def _batch(feats: Tensor, lengths: Tensor):
-    from motionrft.core.types import MotionBatch, Representation
-
-    ids = ("a", "b", "c")
-    text = condition(torch.zeros(3, 768))
-    motions = {Representation.KINEMATIC: feats}
-    return MotionBatch(ids, motions, lengths, 20.0, ids, text, torch.full((3,), -1), torch.arange(3))
 
 
 def test_gradient_through_the_decoder_agrees(model: Model) -> None:
