@@ -25,14 +25,14 @@ from motionrft.generators.mld_network import LatentSizes, MLDDenoiser
 from motionrft.generators.mld_vae import LatentSpace
 from motionrft.representations.kinematic import kinematic_to_joints
 
-__all__ = ["MLDPP", "OFFICIAL", "LatentGenerator", "MLDConfig", "MLDGenerator"]
+__all__ = ["MLDPP", "OFFICIAL", "ORIGINAL", "LatentGenerator", "MLDConfig", "MLDGenerator"]
 
 _LORA_TARGETS = {"blocks": r"encoder\..*\.(out_proj|linear1|linear2)", "all": ".*"}
 
 
 @dataclass(frozen=True)
 class MLDConfig(LatentSizes, ModelConfig):
-    """Sizes and training. Defaults are the small model; `OFFICIAL` is the published MLD and MLD v1, `MLDPP` MLD++."""
+    """Sizes and training. Defaults are the small model; published: `ORIGINAL` (CLIP), `OFFICIAL` (v1), `MLDPP`."""
 
     family = "mld"
     representations = (Representation.KINEMATIC,)
@@ -52,6 +52,8 @@ class MLDConfig(LatentSizes, ModelConfig):
     """Weight of the divergence from a standard normal in the autoencoder's loss."""
     scale_latents: bool = True
     """Bring latents to unit variance, measured when the autoencoder is finished. Released models do not."""
+    spare_positions: bool = False
+    """Export the position table that files of the original MLD hold and nothing reads."""
 
     def problems(self) -> list[str]:
         """Return what contradicts itself."""
@@ -75,6 +77,7 @@ OFFICIAL = MLDConfig(
     time_dim=768,
     scale_latents=False,
 )
+ORIGINAL = replace(OFFICIAL, spare_positions=True)
 MLDPP = replace(OFFICIAL, latent_tokens=16, latent_dim=32, text_relu=False)
 
 

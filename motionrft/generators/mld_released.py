@@ -81,7 +81,7 @@ class _LatentFormat(ReleasedFormat):
         variant = _variant(tensors, options.get("variant", ""), where)
         sizes = _sizes_of(network, vae, settings, where)
         return ReleasedGenerator(
-            model=self.model(network, sizes, settings, where),
+            model=self.model(network, sizes, settings, variant),
             network=network,
             frozen={**{f"vae.{name}": t for name, t in vae.items()}, "scale": _scale(settings)},
             mean=files.get("mean"),
@@ -96,7 +96,7 @@ class _LatentFormat(ReleasedFormat):
         )
 
     def model(
-        self, network: Mapping[str, Tensor], sizes: dict[str, Any], settings: Mapping[str, Any], where: str
+        self, network: Mapping[str, Tensor], sizes: dict[str, Any], settings: Mapping[str, Any], variant: str
     ) -> ModelConfig:
         """Return the configuration of sizes derived from tensors."""
         raise NotImplementedError
@@ -111,8 +111,8 @@ class _LatentFormat(ReleasedFormat):
         network = {name: t.detach().float().cpu().clone() for name, t in generator.network.state_dict().items()}
         network["emb_proj.1.weight"] *= config.text_gain
         state = {f"denoiser.{name}": t for name, t in network.items()}
-        original = generator.spec.text_encoder.startswith("clip:")
-        if original and self.family == MLDConfig.family:
+        original = isinstance(config, MLDConfig) and config.spare_positions
+        if original:
             state[_UNUSED] = torch.zeros_like(network["query_pos.pe"])
         frozen = {name: t.detach().float().cpu().clone() for name, t in generator.frozen.state_dict().items()}
         scale = float(frozen["scale"])
@@ -137,13 +137,13 @@ class MLDFormat(_LatentFormat):
     sampling_steps = 50
 
     def model(
-        self, network: Mapping[str, Tensor], sizes: dict[str, Any], settings: Mapping[str, Any], where: str
+        self, network: Mapping[str, Tensor], sizes: dict[str, Any], settings: Mapping[str, Any], variant: str
     ) -> MLDConfig:
         """Return the configuration; refuses a consistency model."""
         if "time_embedding.cond_proj.weight" in network:
             got = "a guidance projection (time_embedding.cond_proj)"
-            raise CheckpointError(explain("an MLD denoiser", got, where, "Import it as family motionlcm."))
-        return MLDConfig(**sizes, scale_latents=False)
+            raise CheckpointError(explain("an MLD denoiser", got, "released file", "Import it as family motionlcm."))
+        return MLDConfig(**sizes, scale_latents=False, spare_positions=variant == "original")
 
 
 class MotionLCMFormat(_LatentFormat):
@@ -156,13 +156,13 @@ class MotionLCMFormat(_LatentFormat):
     sampling_steps = 4
 
     def model(
-        self, network: Mapping[str, Tensor], sizes: dict[str, Any], settings: Mapping[str, Any], where: str
+        self, network: Mapping[str, Tensor], sizes: dict[str, Any], settings: Mapping[str, Any], variant: str
     ) -> MotionLCMConfig:
         """Return the configuration; the two versions differ in times and guidance."""
         projection = network.get("time_embedding.cond_proj.weight")
         if projection is None:
             got = "no guidance projection (time_embedding.cond_proj)"
-            raise CheckpointError(explain("a MotionLCM denoiser", got, where, "Import it as family mld."))
+            raise CheckpointError(explain("a MotionLCM denoiser", got, "released file", "Import it as family mld."))
         usual = _usual("latent_pre.weight" in network)
         found = {name: settings.get(name, usual[name]) for name in ("sampling", "grid_points", "huber")}
         return MotionLCMConfig(**sizes, guidance_dim=projection.shape[1], **found)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
 from motionrft.core.types import valid_mask
-from motionrft.diffusion.denoise import SAMPLE, StepAction, denoise
+from motionrft.diffusion.denoise import SAMPLE, StepAction, denoise, sample
 from motionrft.diffusion.prediction import add_noise, x0_coefficients
 from motionrft.diffusion.schedules import alpha_bars, spaced_timesteps
-from motionrft.generators.mld import MLDPP, OFFICIAL, MLDGenerator
-from motionrft.generators.mld_network import LatentSizes, MLDDenoiser
+from motionrft.generators.mld import MLDPP, OFFICIAL, ORIGINAL, MLDConfig, MLDGenerator
+from motionrft.generators.mld_network import MLDDenoiser, guidance_embedding
 from motionrft.generators.mld_vae import MotionVAE, sample_posterior
-from motionrft.generators.motionlcm import LCM_V1, LCM_V2
+from motionrft.generators.motionlcm import LCM_V1, LCM_V2, MotionLCMConfig
+from motionrft.generators.registry import FAMILIES, FORMATS
 from motionrft.nn.embeddings import time_sinusoid
-from tests.latent_fixtures import KIND, Recorded, batch_of, close, condition, frame_objective, gradient_norms
+from tests.latent_fixtures import KIND, Recorded, batch_of, build_of, close, condition, frame_objective, gradient_norms
 from tests.paths import shared_path
 
 pytestmark = pytest.mark.parity
@@ -191,27 +193,120 @@ def test_schedule_agrees(file: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes", "guidance_dim", "millions"),
+    ("name", "config", "millions"),
     [
-        ("mld__original_humanml", OFFICIAL, 0, 8.221),  # without a table of positions that is never read
-        ("mld__v1_humanml", OFFICIAL, 0, 8.221),
-        ("mld__v2_humanml_mldpp", MLDPP, 0, 8.238),
-        ("motionlcm__v1_humanml", LCM_V1, 256, 8.418),
-        ("motionlcm__v2_humanml", LCM_V2, 256, 8.434),
-        ("mld__vae_original_stage1", OFFICIAL, 0, 8.221),
-        ("mld__vae_v2_humanml", MLDPP, None, 0.0),
+        ("mld__original_humanml", ORIGINAL, 8.221),  # without the table of positions that is never read
+        ("mld__v1_humanml", OFFICIAL, 8.221),
+        ("mld__v2_humanml_mldpp", MLDPP, 8.238),
+        ("motionlcm__v1_humanml", LCM_V1, 8.418),
+        ("motionlcm__v2_humanml", LCM_V2, 8.434),
     ],
 )
-def test_names_and_shapes_are_the_published_ones(
-    name: str, sizes: LatentSizes, guidance_dim: int | None, millions: float
+def test_published_files_are_read_and_written_back(
+    name: str, config: MLDConfig | MotionLCMConfig, millions: float
 ) -> None:
     card = json.loads(shared_path(f"golden/keys/{name}.json").read_text())
-    published = {key: tuple(shape) for key, shape, _ in card["tensors"] if key.startswith(("vae.", "denoiser."))}
-    published.pop("denoiser.mem_pos.pe", None)
+    form = FORMATS[config.family]
     with torch.device("meta"):
-        own = {f"vae.{key}": tuple(t.shape) for key, t in MotionVAE(263, sizes).state_dict().items()}
-        if guidance_dim is not None:
-            network = MLDDenoiser(sizes, guidance_dim)
-            own |= {f"denoiser.{key}": tuple(t.shape) for key, t in network.state_dict().items()}
-            assert round(sum(p.numel() for p in network.parameters()) / 1e6, 3) == millions
-    assert own == published
+        tensors = {key: torch.empty(shape) for key, shape, _ in card["tensors"]}
+        vae = MotionVAE(263, config).state_dict()
+    found = form.read({"weights": {"state_dict": tensors, "epoch": 0}}, {})
+    published = {"scale_latents": False} if config.family == "mld" else {}
+    assert found.model == replace(config, **published)
+    assert found.pooled_dim == 768 and found.text_encoder.startswith("clip:") == ("original" in name)
+
+    build = replace(build_of(config.family, 768), pooled_dim=768)
+    generator = FAMILIES[config.family][1](build, found.model)
+    own = {n: tuple(t.shape) for n, t in generator.network.state_dict().items()}
+    assert own == {n: tuple(t.shape) for n, t in found.network.items()}
+    assert {f"vae.{n}" for n in vae} | {"scale"} == set(found.frozen)
+    assert round(sum(p.numel() for p in generator.network.parameters()) / 1e6, 3) == millions
+    (written,) = form.write(generator).values()
+    evaluators = {n for n in tensors if n.startswith("t2m_")}
+    expected = {n: (tuple(t.shape), torch.float32) for n, t in tensors.items() if n not in evaluators}
+    assert {n: (tuple(t.shape), t.dtype) for n, t in written["state_dict"].items()} == expected
+    assert set(found.dropped) == evaluators | {"epoch"} | (set(tensors) & {"denoiser.mem_pos.pe"})
+
+
+def test_published_autoencoder_files_are_read_beside_a_denoiser() -> None:
+    cards = [
+        json.loads(shared_path(f"golden/keys/mld__{n}.json").read_text())
+        for n in ("v2_humanml_mldpp", "vae_v2_humanml")
+    ]
+    with torch.device("meta"):
+        whole, vae = ({key: torch.empty(shape) for key, shape, _ in card["tensors"]} for card in cards)
+    denoiser = {n: t for n, t in whole.items() if not n.startswith("vae.")}
+    found = FORMATS["mld"].read({"weights": {"state_dict": denoiser}, "vae": {"state_dict": vae}}, {})
+    assert len(found.frozen) == 302 and found.model == MLDPP
+    first = json.loads(shared_path("golden/keys/mld__vae_original_stage1.json").read_text())
+    own = {n: tuple(t.shape) for n, t in MotionVAE(263, OFFICIAL).state_dict().items()}
+    assert own == {key[4:]: tuple(shape) for key, shape, _ in first["tensors"] if key.startswith("vae.")}
+
+
+def _drawn(seed: int, *shape: int) -> Tensor:
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+@torch.no_grad()
+def _fill(module: torch.nn.Module) -> None:
+    """Give every tensor numbers that depend on its rank among the sorted names only."""
+    for i, (name, tensor) in enumerate(sorted(module.state_dict().items())):
+        drawn = np.random.RandomState(1000 + i).standard_normal(tensor.shape)
+        norm = name.split(".")[-2].startswith("norm") and name.endswith("weight")
+        values = 1 + 0.02 * drawn if norm else (0.05 if tensor.ndim >= 2 else 0.02) * drawn
+        tensor.copy_(torch.from_numpy(values.astype(np.float32)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("config", "lcm", "eps", "sampled", "mean", "decoded", "consistency"),
+    [
+        (
+            OFFICIAL,
+            LCM_V1,
+            [0.07588, 0.37205, 1.65673, -0.21073],
+            [58.63197, 14.91852, -22.29930, -28.65514],
+            [0.26939, -0.07999, -2.10882, -1.62206],
+            [-1.90593, 0.55248, -0.76749, 1.26830],
+            [-0.59739, 0.17514, 1.61704, 0.09953],
+        ),
+        (
+            MLDPP,
+            LCM_V2,
+            [0.48986, 0.60544, 0.33633, -0.37409],
+            [15.74679, -0.45444, -6.95263, -3.32875],
+            [0.58271, 1.81526, -0.74359, 0.79544],
+            [-0.23569, 0.54055, -0.22777, -0.03228],
+            [0.41594, 0.62038, 0.46052, -0.48296],
+        ),
+    ],
+    ids=["OFFICIAL", "MLDPP"],
+)
+def test_published_sizes_compute_what_the_published_code_does(
+    config: MLDConfig, lcm: MotionLCMConfig, eps: list, sampled: list, mean: list, decoded: list, consistency: list
+) -> None:
+    shape, lengths = (2, config.latent_tokens, config.latent_dim), torch.tensor([60, 41])
+    generator = MLDGenerator(build_of("mld", 768, _drawn(11, 1, 1, 768)[:, 0]), config)
+    network, vae = generator.network.eval(), generator.latents.vae
+    _fill(network)
+    _fill(vae)
+    x, text = _drawn(7, *shape), _drawn(8, 2, 1, 768)[:, 0]
+
+    def first(found: Tensor) -> Tensor:
+        return found.flatten()[:4]
+
+    close(first(network(x, torch.full((2,), 501), text)[0]), torch.tensor(eps), 2e-5)
+    last = sample(
+        generator.solver(50),
+        lambda state, t: generator.predict(network, state, t, condition(text), lengths),
+        _drawn(12, *shape),
+    )
+    close(first(last[0]), torch.tensor(sampled), 1e-4)
+    close(first(vae.encode(_drawn(9, 2, 60, 263), lengths)[0][0]), torch.tensor(mean), 2e-5)
+    motion = vae.decode(_drawn(10, *shape), lengths, 60)
+    close(first(motion[1, 40]), torch.tensor(decoded), 2e-5)
+    assert not motion[1, 41:].any()
+    student = MLDDenoiser(lcm, lcm.guidance_dim).eval()
+    _fill(student)
+    guided = student(x, torch.full((2,), 999), text, guidance_embedding(torch.tensor([6.5, 7.0]), 256))
+    close(first(guided[0]), torch.tensor(consistency), 2e-5)
