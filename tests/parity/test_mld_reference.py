@@ -252,7 +252,7 @@ def _fill(module: torch.nn.Module) -> None:
     """Give every tensor numbers that depend on its rank among the sorted names only."""
     for i, (name, tensor) in enumerate(sorted(module.state_dict().items())):
         drawn = np.random.RandomState(1000 + i).standard_normal(tensor.shape)
-        norm = name.split(".")[-2].startswith("norm") and name.endswith("weight")
+        norm = ".norm" in name and name.endswith("weight")
         values = 1 + 0.02 * drawn if norm else (0.05 if tensor.ndim >= 2 else 0.02) * drawn
         tensor.copy_(torch.from_numpy(values.astype(np.float32)))
 
