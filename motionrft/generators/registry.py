@@ -14,16 +14,23 @@ from motionrft.generators.acmdm import ACMDMConfig, ACMDMGenerator
 from motionrft.generators.acmdm_released import ACMDMReleased
 from motionrft.generators.base import Build, Generator, ModelConfig
 from motionrft.generators.mdm import MDMConfig, MDMGenerator
+from motionrft.generators.mld import MLDConfig, MLDGenerator
+from motionrft.generators.mld_released import MLDFormat, MotionLCMFormat
+from motionrft.generators.motionlcm import MotionLCMConfig, MotionLCMGenerator
 from motionrft.generators.released import ReleasedFormat
 from motionrft.representations.normalize import Normalizer
 
-FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = {
-    "acmdm": (ACMDMConfig, ACMDMGenerator),
-    "mdm": (MDMConfig, MDMGenerator),
-}
+_FAMILIES: list[tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = [
+    (MDMConfig, MDMGenerator),
+    (MLDConfig, MLDGenerator),
+    (MotionLCMConfig, MotionLCMGenerator),
+    (ACMDMConfig, ACMDMGenerator),
+]
+FAMILIES = {config.family: (config, make) for config, make in _FAMILIES}
 """Family -> its configuration, and what makes its generator."""
 
-FORMATS: dict[str, ReleasedFormat] = {form.family: form for form in [ACMDMReleased()]}
+_FORMATS: list[ReleasedFormat] = [MLDFormat(), MotionLCMFormat(), ACMDMReleased()]
+FORMATS = {form.family: form for form in _FORMATS}
 """Family -> how its released files are read and written."""
 
 
