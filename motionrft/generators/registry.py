@@ -11,12 +11,17 @@ from motionrft.core.plain import from_plain, to_plain
 from motionrft.core.protocols import GeneratorSpec
 from motionrft.core.types import Condition, Representation
 from motionrft.generators.base import Build, Generator, ModelConfig
+from motionrft.generators.hymotion import HYMotionConfig, HYMotionGenerator
 from motionrft.generators.mdm import MDMConfig, MDMGenerator
 from motionrft.generators.released import ReleasedFormat
 from motionrft.representations.normalize import Normalizer
 
 FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = {
-    config.family: (config, make) for config, make in [(MDMConfig, MDMGenerator)]
+    config.family: (config, make)
+    for config, make in [
+        (MDMConfig, MDMGenerator),
+        (HYMotionConfig, HYMotionGenerator),
+    ]
 }
 """Family -> its configuration, and what makes its generator."""
 
