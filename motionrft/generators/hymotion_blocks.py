@@ -16,7 +16,7 @@ _EPS = 1e-6
 
 
 class Modulation(nn.Module):
-    """`parts` vectors (shift, scale, gate, ...) of the condition; all zero at start, so that gated blocks do nothing."""
+    """Vectors (shift, scale, gate, ...) made of the condition; zero at start, so that gated blocks do nothing."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
@@ -61,13 +61,13 @@ class TimeEncoder(nn.Module):
 
     def __init__(self, width: int, factor: float) -> None:
         super().__init__()
-        self.factor = factor
+        self.factor, self.width = factor, width
         self.blocks = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
         """Return (B, E)."""
-        first = self.blocks[0].weight
-        return self.blocks(time_sinusoid(t_B.double() * self.factor, first.shape[1]).to(first.dtype))
+        waves = time_sinusoid(t_B.double() * self.factor, self.width)
+        return self.blocks(waves.to(next(self.parameters()).dtype))
 
 
 def rotary_table(position_N: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -204,8 +204,8 @@ class TextRefiner(nn.Module):
         self.input_embedder = nn.Linear(width, width)
         self.context_encoder = Projection(width, width)
         self.timestep_encoder = TimeEncoder(width, factor=1.0)
-        blocks = nn.ModuleList(RefinerBlock(width, heads, hidden) for _ in range(layers))
-        self.individual_token_refiner = nn.ModuleDict({"blocks": blocks})
+        self.individual_token_refiner = nn.Module()
+        self.individual_token_refiner.blocks = nn.ModuleList(RefinerBlock(width, heads, hidden) for _ in range(layers))
 
     def forward(self, tokens_BLE: Tensor, t_B: Tensor, mask_BL: Tensor) -> Tensor:
         """Return (B, L, E); arbitrary where masked."""
@@ -213,7 +213,7 @@ class TextRefiner(nn.Module):
         mean_BE = kept.sum(1) / mask_BL.sum(1, keepdim=True).clamp(min=1)
         condition = (self.timestep_encoder(t_B) + self.context_encoder(mean_BE))[:, None]
         x, mask = self.input_embedder(tokens_BLE), with_self(mask_BL[:, None, None, :])
-        for block in self.individual_token_refiner["blocks"]:  # type: ignore[union-attr]
+        for block in self.individual_token_refiner.get_submodule("blocks").children():
             x = block(x, condition, mask)
         return x
 

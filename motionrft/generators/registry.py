@@ -12,20 +12,19 @@ from motionrft.core.protocols import GeneratorSpec
 from motionrft.core.types import Condition, Representation
 from motionrft.generators.base import Build, Generator, ModelConfig
 from motionrft.generators.hymotion import HYMotionConfig, HYMotionGenerator
+from motionrft.generators.hymotion_released import HYMotionFormat
 from motionrft.generators.mdm import MDMConfig, MDMGenerator
 from motionrft.generators.released import ReleasedFormat
 from motionrft.representations.normalize import Normalizer
 
-FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = {
-    config.family: (config, make)
-    for config, make in [
-        (MDMConfig, MDMGenerator),
-        (HYMotionConfig, HYMotionGenerator),
-    ]
-}
+_FAMILIES: list[tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = [
+    (MDMConfig, MDMGenerator),
+    (HYMotionConfig, HYMotionGenerator),
+]
+FAMILIES = {config.family: (config, make) for config, make in _FAMILIES}
 """Family -> its configuration, and what makes its generator."""
 
-FORMATS: dict[str, ReleasedFormat] = {}
+FORMATS: dict[str, ReleasedFormat] = {released.family: released for released in [HYMotionFormat()]}
 """Family -> how its released files are read and written."""
 
 
