@@ -178,9 +178,11 @@ class RefinerBlock(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=_EPS) for _ in range(2))
-        self.self_attn_qkv, self.self_attn_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm1 = nn.LayerNorm(width, eps=_EPS)
+        self.self_attn_qkv = nn.Linear(width, 3 * width)
         self.self_attn_q_norm, self.self_attn_k_norm = (nn.LayerNorm(width // heads, eps=_EPS) for _ in range(2))
+        self.self_attn_proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=_EPS)
         self.mlp = MLP(width, hidden, use_silu=True)
         self.adaLN_modulation = Modulation(width, 2)
 

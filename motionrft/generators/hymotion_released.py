@@ -95,8 +95,8 @@ class HYMotionFormat(ReleasedFormat):
             pooled_dim=model.pooled_dim,
             max_frames=int(model.train_frames / rate),
             fps=_OUTPUT_FPS,
-            sampling_steps=50,
-            guidance=5.0,
+            sampling_steps=_number(config, "infer_noise_scheduler_cfg", "validation_steps", 50),
+            guidance=_number(config, "test_cfg", "text_guidance_scale", 5.0),
             solver="euler",
             dropped=tuple(dropped),
             variant=names.get(model.width, "hymotion"),
@@ -219,6 +219,11 @@ def _settings_of(content: Any) -> Mapping[str, Any]:
     if not isinstance(content, Mapping) or not all(isinstance(content.get(name), Mapping) for name in sections):
         raise CheckpointError(explain(f"sections {sections}", type(content).__name__, "config.yml", _CHECK))
     return content
+
+
+def _number(config: Mapping[str, Any], group: str, name: str, default: Any) -> Any:
+    """Return one of the sampling settings; absent ones are as published."""
+    return config.get("train_pipeline_args", {}).get(group, {}).get(name, default)
 
 
 def _check_settings(config: Mapping[str, Any], model: HYMotionConfig) -> list[str]:
