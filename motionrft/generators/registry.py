@@ -13,6 +13,8 @@ from motionrft.core.types import Condition, Representation
 from motionrft.generators.acmdm import ACMDMConfig, ACMDMGenerator
 from motionrft.generators.acmdm_released import ACMDMReleased
 from motionrft.generators.base import Build, Generator, ModelConfig
+from motionrft.generators.hymotion import HYMotionConfig, HYMotionGenerator
+from motionrft.generators.hymotion_released import HYMotionFormat
 from motionrft.generators.mdm import MDMConfig, MDMGenerator
 from motionrft.generators.mld import MLDConfig, MLDGenerator
 from motionrft.generators.mld_released import MLDFormat, MotionLCMFormat
@@ -25,11 +27,12 @@ _FAMILIES: list[tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = [
     (MLDConfig, MLDGenerator),
     (MotionLCMConfig, MotionLCMGenerator),
     (ACMDMConfig, ACMDMGenerator),
+    (HYMotionConfig, HYMotionGenerator),
 ]
 FAMILIES = {config.family: (config, make) for config, make in _FAMILIES}
 """Family -> its configuration, and what makes its generator."""
 
-_FORMATS: list[ReleasedFormat] = [MLDFormat(), MotionLCMFormat(), ACMDMReleased()]
+_FORMATS: list[ReleasedFormat] = [MLDFormat(), MotionLCMFormat(), ACMDMReleased(), HYMotionFormat()]
 FORMATS = {form.family: form for form in _FORMATS}
 """Family -> how its released files are read and written."""
 
