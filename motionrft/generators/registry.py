@@ -12,11 +12,14 @@ from motionrft.core.protocols import GeneratorSpec
 from motionrft.core.types import Condition, Representation
 from motionrft.generators.base import Build, Generator, ModelConfig
 from motionrft.generators.mdm import MDMConfig, MDMGenerator
+from motionrft.generators.motiondiffuse import MotionDiffuseConfig, MotionDiffuseGenerator
 from motionrft.representations.normalize import Normalizer
 
-FAMILIES: dict[str, tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = {
-    config.family: (config, make) for config, make in [(MDMConfig, MDMGenerator)]
-}
+_FAMILIES: list[tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = [
+    (MDMConfig, MDMGenerator),
+    (MotionDiffuseConfig, MotionDiffuseGenerator),
+]
+FAMILIES = {config.family: (config, make) for config, make in _FAMILIES}
 """Family -> its configuration, and what makes its generator."""
 
 
