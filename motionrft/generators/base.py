@@ -82,6 +82,8 @@ class ModelConfig:
     lora_targets: ClassVar[Mapping[str, str]] = {}
     """Preset of low-rank fine-tuning -> regular expression that the whole name of a Linear of the network must match.
     The first is the default."""
+    default_lora_rank: ClassVar[int] = 0
+    """Rank of the adapters with which the family is fine-tuned unless told otherwise; 0 = all weights are."""
     kept_in_finetuning: ClassVar[tuple[str, ...]] = ()
     """Sub-modules of the network (name prefixes) that fine-tuning leaves as they are."""
 

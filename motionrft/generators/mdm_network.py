@@ -8,7 +8,6 @@ L text tokens. Masks are bool, True = valid.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -30,9 +29,8 @@ class MDMConfig(ModelConfig):
     prediction = "x0"
     solvers = ("ddim", "ddpm")
     default_guidance = 2.5
-    lora_targets: ClassVar[Mapping[str, str]] = {
-        "blocks": r"seqTrans(En|De)coder\.layers\.\d+\.(linear[12]|(self_attn|multihead_attn)\.out_proj)",
-        "mlp": r"seqTrans(En|De)coder\.layers\.\d+\.linear[12]",
+    lora_targets: ClassVar = {
+        "default": r"seqTrans\w+\.layers\.\d+\.(\w+_attn\.out_proj|linear[12])|(in|out)put_process\.\w+"
     }
 
     latent_dim: int = 192

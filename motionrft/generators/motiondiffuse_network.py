@@ -35,9 +35,9 @@ class MotionDiffuseConfig(ModelConfig):
     solvers = ("ddpm", "ddim")
     default_guidance = 1.0
     lora_targets: ClassVar[Mapping[str, str]] = {
+        "default": r"temporal_decoder_blocks\.\d+\.((sa|ca)_block\.(query|key|value)|ffn\.linear[12]|"
+        r"\w+\.proj_out\.(emb_layers\.1|out_layers\.2))|joint_embed|out",
         "attention": r"temporal_decoder_blocks\.\d+\.(sa|ca)_block\.(query|key|value)",
-        "blocks": r"temporal_decoder_blocks\.\d+\.((sa|ca)_block\.(query|key|value)|ffn\.linear[12]|"
-        r"\w+\.proj_out\.(emb_layers\.1|out_layers\.2))",
     }
     kept_in_finetuning = TEXT_TOWER
 

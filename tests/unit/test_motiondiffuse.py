@@ -239,8 +239,8 @@ def test_what_fine_tuning_keeps_and_adapts_exists_by_name() -> None:
     assert SMALL.kept_in_finetuning == TEXT_TOWER and set(TEXT_TOWER) <= set(children)
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     chosen = {key: [n for n in linear if re.fullmatch(rule, n)] for key, rule in SMALL.lora_targets.items()}
-    assert len(chosen["attention"]) == 2 * 6 and len(chosen["blocks"]) == 2 * (6 + 2 + 6)
-    assert not any(name.startswith(TEXT_TOWER) for name in chosen["blocks"])
+    assert len(chosen["attention"]) == 2 * 6 and len(chosen["default"]) == 2 * (6 + 2 + 6) + 2
+    assert not any(name.startswith(TEXT_TOWER) for name in chosen["default"])
 
 
 def test_a_card_rebuilds_its_generator() -> None:
