@@ -16,8 +16,11 @@ from motionrft.generators.base import Build, Generator, ModelConfig
 from motionrft.generators.hymotion import HYMotionConfig, HYMotionGenerator
 from motionrft.generators.hymotion_released import HYMotionFormat
 from motionrft.generators.mdm import MDMConfig, MDMGenerator
+from motionrft.generators.mdm_released import MDMReleased
 from motionrft.generators.mld import MLDConfig, MLDGenerator
 from motionrft.generators.mld_released import MLDFormat, MotionLCMFormat
+from motionrft.generators.motiondiffuse import MotionDiffuseConfig, MotionDiffuseGenerator
+from motionrft.generators.motiondiffuse_released import MotionDiffuseReleased
 from motionrft.generators.motionlcm import MotionLCMConfig, MotionLCMGenerator
 from motionrft.generators.released import ReleasedFormat
 from motionrft.representations.normalize import Normalizer
@@ -26,13 +29,21 @@ _FAMILIES: list[tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = [
     (MDMConfig, MDMGenerator),
     (MLDConfig, MLDGenerator),
     (MotionLCMConfig, MotionLCMGenerator),
+    (MotionDiffuseConfig, MotionDiffuseGenerator),
     (ACMDMConfig, ACMDMGenerator),
     (HYMotionConfig, HYMotionGenerator),
 ]
 FAMILIES = {config.family: (config, make) for config, make in _FAMILIES}
 """Family -> its configuration, and what makes its generator."""
 
-_FORMATS: list[ReleasedFormat] = [MLDFormat(), MotionLCMFormat(), ACMDMReleased(), HYMotionFormat()]
+_FORMATS: list[ReleasedFormat] = [
+    MLDFormat(),
+    MotionLCMFormat(),
+    MDMReleased(),
+    MotionDiffuseReleased(),
+    ACMDMReleased(),
+    HYMotionFormat(),
+]
 FORMATS = {form.family: form for form in _FORMATS}
 """Family -> how its released files are read and written."""
 
