@@ -80,16 +80,18 @@ def write_clip_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
-def write_clip(folder: Path, seed: int = 0, legacy: bool = True) -> Path:
+def write_clip(
+    folder: Path, seed: int = 0, legacy: bool = True, width: int = CLIP_WIDTH, joint: int = CLIP_JOINT
+) -> Path:
     """Write a whole CLIP, both towers; `legacy` configs say eos_token_id 2, as OpenAI's published ones do."""
     folder.mkdir(parents=True, exist_ok=True)
     size = write_clip_tokenizer(folder)
     sizes = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     special = {"bos_token_id": 0, "eos_token_id": 2} if legacy else {"bos_token_id": size - 2, "eos_token_id": size - 1}
     config = CLIPConfig(
-        text_config={"vocab_size": size, "hidden_size": CLIP_WIDTH, **sizes, **special},
+        text_config={"vocab_size": size, "hidden_size": width, **sizes, **special},
         vision_config={"hidden_size": 8, "image_size": 8, "patch_size": 4, **sizes},
-        projection_dim=CLIP_JOINT,
+        projection_dim=joint,
     )
     with torch.random.fork_rng(devices=[]):
         model = CLIPModel(config)
