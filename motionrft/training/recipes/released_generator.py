@@ -157,7 +157,7 @@ def _require_encoder(found: ReleasedGenerator, choices: GeneratorImport, path: P
         if needed != given.fingerprint:
             got = f"{choices.text_encoder} ({given.fingerprint[:12]})"
             raise ConfigError(
-                explain(f"text encoder {needed[:12]}", got, str(path), "Name the one it was trained with.")
+                explain(f"text encoder {needed[:12]}", named, str(path), "Name the one it was trained with.")
             )
     elif text_kind(choices.text_encoder) != text_kind(needed):
         raise ConfigError(
