@@ -41,13 +41,13 @@ class MotionDiffuseConfig(ModelConfig):
     }
     kept_in_finetuning = TEXT_TOWER
 
-    latent_dim: int = 128
-    """Width W."""
-    layers: int = 3
+    latent_dim: int = 288
+    """Width W. Noise is as wide as the motion: what is narrower than its features (263) cannot name all of it."""
+    layers: int = 2
     """Denoising blocks."""
     heads: int = 4
     """Heads of the linear attention."""
-    ff: int = 256
+    ff: int = 288
     """Hidden width of the blocks' MLPs."""
     text_dim: int = 384
     """Features per text token, C."""
@@ -113,7 +113,7 @@ class MotionDiffuse(nn.Module):
         super().__init__()
         self.config, self.features = config, features
         width, time_dim = config.latent_dim, 4 * config.latent_dim
-        self.sequence_embedding = nn.Parameter(torch.randn(config.positions, width))
+        self.sequence_embedding = nn.Parameter(0.02 * torch.randn(config.positions, width))
         self.text_pre_proj = nn.Linear(config.text_dim, config.text_width)
         self.textTransEncoder = PackedStack(
             config.text_width, config.text_layers, config.text_heads, config.text_ff, config.dropout
@@ -147,7 +147,7 @@ class MotionDiffuse(nn.Module):
             lengths_B: int64 valid frames.
         """
         del pooled_BC
-        tokens_BLC = tokens_BLC.to(self.out.weight.dtype) * keep_B[:, None, None]
+        tokens_BLC = tokens_BLC.to(self.sequence_embedding.dtype) * keep_B[:, None, None]
         summary_BS, text_BLU = self.encode_text(tokens_BLC, mask_BL)
         return self.denoise(x_BTD, t_B, summary_BS, text_BLU, mask_BL, lengths_B)
 
@@ -170,14 +170,14 @@ class MotionDiffuse(nn.Module):
         emb_BS = self.embed_time(t_B) + summary_BS
         num_frames = x_BTD.shape[1]
         mask_BT = valid_mask(lengths_B, num_frames)
-        h_BTW = self.joint_embed(x_BTD.to(self.out.weight.dtype)) + self.sequence_embedding[:num_frames]
+        h_BTW = self.joint_embed(x_BTD.to(self.sequence_embedding.dtype)) + self.sequence_embedding[:num_frames]
         for block in self.temporal_decoder_blocks:
             h_BTW = block(h_BTW, mask_BT, text_BLU, mask_BL, emb_BS)
         return self.out(h_BTW)
 
     def embed_time(self, t_B: Tensor) -> Tensor:
         """Return the time vector (B, S)."""
-        return self.time_embed(time_sinusoid(t_B, self.config.latent_dim).to(self.out.weight.dtype))
+        return self.time_embed(time_sinusoid(t_B, self.config.latent_dim).to(self.sequence_embedding.dtype))
 
 
 class _Stylise(nn.Module):

@@ -14,6 +14,7 @@ from motionrft.core.errors import ConfigError
 from motionrft.core.protocols import GeneratorSpec, MotionGenerator
 from motionrft.core.types import Condition, MotionBatch, Representation
 from motionrft.generators.base import Build
+from motionrft.generators.lora import adapter_for, add_adapter
 from motionrft.generators.motiondiffuse import OFFICIAL, MotionDiffuse, MotionDiffuseConfig, MotionDiffuseGenerator
 from motionrft.generators.motiondiffuse_network import TEXT_TOWER
 from motionrft.generators.registry import (
@@ -88,9 +89,9 @@ def test_generator_satisfies_the_protocol_with_the_published_sampler_and_no_guid
     assert (make(solver="ddim").solver(10).c == 0).all()
 
 
-def test_default_network_is_small() -> None:
+def test_default_network_is_small_but_wider_than_the_features() -> None:
     parameters = sum(p.numel() for p in MotionDiffuse(263, MotionDiffuseConfig()).parameters())
-    assert 1.5e6 < parameters < 2.5e6
+    assert 7e6 < parameters < 8e6 and MotionDiffuseConfig().latent_dim > 263
 
 
 def test_a_new_network_predicts_nothing() -> None:
@@ -243,6 +244,15 @@ def test_what_fine_tuning_keeps_and_adapts_exists_by_name() -> None:
     assert not any(name.startswith(TEXT_TOWER) for name in chosen["default"])
 
 
+def test_adapters_start_without_effect() -> None:
+    generator, batch = make(), make_batch()
+    x = noise(5, 16, 263)
+    before = output(generator, batch.text, x, batch.lengths_B)
+    names = add_adapter(generator.network, adapter_for(SMALL, 2, 4.0))
+    assert {"out", "joint_embed", "temporal_decoder_blocks.1.ffn.proj_out.out_layers.2"} < set(names)
+    torch.testing.assert_close(output(generator, batch.text, x, batch.lengths_B), before, rtol=0, atol=0)
+
+
 def test_a_card_rebuilds_its_generator() -> None:
     text = TextSide("stub", 12, 5)
     config = GeneratorConfig(model=replace(SMALL, text_dim=1), max_frames=24, solver="ddim", eta=0.5)
@@ -255,8 +265,8 @@ def test_a_card_rebuilds_its_generator() -> None:
 
 
 def test_impossible_settings_are_refused_with_their_names() -> None:
-    with pytest.raises(ConfigError, match=r"heads 3.*text_heads 5.*dropout"):
-        MotionDiffuseConfig(heads=3, text_heads=5, dropout=1.0)
+    with pytest.raises(ConfigError, match=r"heads 5.*text_heads 5.*dropout"):
+        MotionDiffuseConfig(heads=5, text_heads=5, dropout=1.0)
     with pytest.raises(ConfigError, match=r"at most 24.*positions"):
         make(max_frames=25)
     with pytest.raises(ConfigError, match="train_steps"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,11 @@ from motionrft.generators.mdm_network import (
     interleaved_sinusoid,
 )
 from motionrft.generators.mdm_released import FIXED, MDMReleased
+from motionrft.generators.registry import FORMATS
 from motionrft.representations.normalize import Normalizer
+from motionrft.training.recipes.generator_files import load_generator
+from motionrft.training.recipes.released_generator import GeneratorImport, export_generator, import_generator
+from motionrft.training.released import read_content, write_released
 
 KIND = Representation.KINEMATIC
 FORMAT = MDMReleased(position_rows=7)
@@ -152,3 +157,21 @@ def test_models_that_the_published_code_cannot_build_are_not_exported() -> None:
     with pytest.raises(ConfigError, match="60 frames"):
         FORMAT.write(make(replace(OFFICIAL, **SIZES), frames=60))
     FORMAT.write(make(replace(OFFICIAL, **SIZES, mask_frames=True), frames=60))
+
+
+def test_files_are_imported_sampled_as_published_and_exported_again(tmp_path: Path) -> None:
+    first = make(replace(OFFICIAL_DECODER_TOKENS, **SIZES))
+    write_released(tmp_path / "published", FORMAT.write(first))
+    choices = GeneratorImport(normalizers={KIND: first.normalizer})
+    import_generator(FORMATS["mdm"], tmp_path / "published", tmp_path / "model", choices)
+    model = load_generator(tmp_path / "model")
+    assert model.config == first.config and len(model.solver(50)) == 50 and model.solver_name == "ddpm"
+    assert (model.spec.sampling_steps, model.spec.train_steps, model.guidance) == (50, 50, 2.5)
+    assert model.spec.text_encoder == "distilbert:distilbert-base-uncased"
+    export_generator(FORMAT, tmp_path / "model", tmp_path / "again")
+    for name in ("model000000000.pt", "args.json"):
+        before, after = (read_content(tmp_path / folder / name) for folder in ("published", "again"))
+        assert list(before) == list(after)
+        assert all(
+            torch.equal(v, after[k]) if isinstance(v, torch.Tensor) else v == after[k] for k, v in before.items()
+        )

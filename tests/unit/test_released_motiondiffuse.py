@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from motionrft.generators.base import Build
 from motionrft.generators.motiondiffuse import OFFICIAL, MotionDiffuseConfig, MotionDiffuseGenerator
 from motionrft.generators.motiondiffuse_released import MotionDiffuseReleased, clip_names
 from motionrft.representations.normalize import Normalizer
+from motionrft.training.recipes.generator_files import load_generator
+from motionrft.training.recipes.released_generator import GeneratorImport, export_generator, import_generator
+from motionrft.training.released import read_content, write_released
 
 KIND = Representation.KINEMATIC
 FORMAT = MotionDiffuseReleased()
@@ -105,3 +109,22 @@ def test_models_that_the_published_code_cannot_build_are_not_exported() -> None:
         FORMAT.write(make(replace(TINY, text_dim=384)))
     with pytest.raises(ConfigError, match="guidance 2"):
         FORMAT.write(make(replace(TINY, text_dropout=0.1), guidance_scale=2.0))
+
+
+@pytest.mark.parametrize("given", ["", "model/latest.tar"])
+def test_files_are_imported_with_their_own_statistics_and_exported_again(tmp_path: Path, given: str) -> None:
+    first, published = make(), tmp_path / "published"
+    write_released(published, FORMAT.write(first))
+    others = Normalizer(torch.zeros(263), torch.ones(263), KIND)
+    import_generator(FORMAT, published / given, tmp_path / "model", GeneratorImport(normalizers={KIND: others}))
+    model = load_generator(tmp_path / "model")
+    assert model.config == TINY and torch.equal(model.normalizer.std, first.normalizer.std)
+    assert (model.spec.text_encoder.split(":")[0], model.spec.sampling_steps) == ("clip-tokens", 1000)
+    export_generator(FORMAT, tmp_path / "model", tmp_path / "again")
+    before, after = (read_content(folder / "model" / "latest.tar") for folder in (published, tmp_path / "again"))
+    assert list(before["encoder"]) == list(after["encoder"])
+    assert all(torch.equal(tensor, after["encoder"][name]) for name, tensor in before["encoder"].items())
+    for name in ("meta/mean.npy", "meta/std.npy"):
+        assert torch.equal(read_content(published / name), read_content(tmp_path / "again" / name))
+    for name in ("opt.txt", "model/not_included.txt"):
+        assert read_content(published / name) == read_content(tmp_path / "again" / name)
