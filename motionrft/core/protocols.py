@@ -23,7 +23,7 @@ class SolverTable:
     x_prev = a*x + b*out + c*noise and x0_hat = p*x + q*out. Rewards can ask `noise_level` of a state times `scale`.
     """
 
-    model_time: Tensor  # (S,) what the network receives as t
+    model_time: Tensor  # (S, ...) row i is what `predict` receives as t; (S,) unless a family needs more than a time
     a: Tensor
     b: Tensor
     c: Tensor

@@ -72,12 +72,18 @@ def lcm_table(
     """
     ab, ab_next = _levels(alpha_bar, timesteps, 1.0)
     p, q = x0_coefficients(ab, prediction)
-    scaled = time_scale * timesteps.double()
-    c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
-    c_out = scaled / (scaled**2 + sigma_data**2).sqrt()
+    c_skip, c_out = consistency_coefficients(timesteps, sigma_data, time_scale)
     keep = ab_next.sqrt()  # 1 at the end
     a, b, c = keep * (c_out * p + c_skip), keep * c_out * q, (1 - ab_next).sqrt()
     return SolverTable(timesteps, a, b, c, p, q, _noise_levels(ab, ab_next))
+
+
+def consistency_coefficients(
+    timesteps: Tensor, sigma_data: float = 0.5, time_scale: float = 10.0
+) -> tuple[Tensor, Tensor]:
+    """Return (c_skip, c_out), float64, of D = c_skip x + c_out x0_hat; at time 0 it is x itself. See `lcm_table`."""
+    scaled = time_scale * timesteps.double()
+    return sigma_data**2 / (scaled**2 + sigma_data**2), scaled / (scaled**2 + sigma_data**2).sqrt()
 
 
 def flow_euler_table(num_steps: int) -> SolverTable:

@@ -163,7 +163,7 @@ def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
 
     def on_step(engine: Engine, ema: Ema | None, done: int) -> Mapping[str, float] | None:
         if training.after_step is not None:
-            training.after_step(engine.module, done)
+            training.after_step(engine.trainable_tensors(), done)
         if done == base_steps and not job.continue_from and steps > base_steps:
             keep(engine, ema, folder / "model", done)
         if done == base_steps and not job.continue_from and job.recipe.stage == "generator":
