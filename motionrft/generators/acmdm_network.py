@@ -39,7 +39,7 @@ class ACMDMConfig(ModelConfig):
     default_guidance = 3.0
     lora_targets: ClassVar = {"default": r"ACMDMTransformer\.\d+\.(attn\.(qkv|proj)|mlp\.(w12|w3))"}
 
-    layers: int = 4
+    layers: int = 2
     """Transformer blocks."""
     heads: int = 2
     """Attention heads of 64 features: the width is 64 heads."""
