@@ -1,8 +1,8 @@
 """Dropout that is cheap on a CPU, alone and inside attention.
 
 Torch draws a CPU mask with one scalar random number per element, on one thread whatever their number (its vectorised
-path is for Intel alone): 19 % of a one-threaded training step of the reward. Here four elements share one 64-bit draw of
-the same global generator. In evaluation, and on every other device, all of this is torch's own.
+path is for Intel alone): 19 % of a one-threaded training step of the reward. Here four elements share one 64-bit draw
+of the same global generator. In evaluation, and on every other device, all of this is torch's own.
 """
 
 from __future__ import annotations
