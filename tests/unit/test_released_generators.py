@@ -18,7 +18,7 @@ from motionrft.core.errors import CheckpointError
 from motionrft.core.types import Representation
 from motionrft.generators.acmdm import ACMDMConfig, ACMDMLatentConfig
 from motionrft.generators.base import Generator, ModelConfig
-from motionrft.generators.hymotion import HYMotionConfig
+from motionrft.generators.hymotion import FULL
 from motionrft.generators.mdm import OFFICIAL
 from motionrft.generators.mld import MLDConfig
 from motionrft.generators.motiondiffuse import MotionDiffuseConfig
@@ -60,7 +60,11 @@ CASES = {
     "motiondiffuse": Case("motiondiffuse", MotionDiffuseConfig(), "clip-tokens"),
     "acmdm": Case("acmdm", ACMDMConfig(layers=2, heads=1, text_gain=1.0), "clip"),
     "acmdm latent": Case("acmdm", ACMDMLatentConfig(layers=2, heads=1, patch=11, text_gain=1.0), "clip"),
-    "hymotion": Case("hymotion", HYMotionConfig(train_frames=196), "hymotion"),
+    "hymotion": Case(
+        "hymotion",
+        replace(FULL, width=32, heads=2, double_blocks=1, single_blocks=2, refiner_blocks=1, train_frames=294),
+        "hymotion",
+    ),
 }
 
 

@@ -155,7 +155,7 @@ def _require_encoder(found: ReleasedGenerator, choices: GeneratorImport, path: P
         return
     if _FINGERPRINT.fullmatch(needed):  # exported by this project
         if needed != given.fingerprint:
-            got = f"{choices.text_encoder} ({given.fingerprint[:12]})"
+            named = f"{choices.text_encoder} ({given.fingerprint[:12]})"
             raise ConfigError(
                 explain(f"text encoder {needed[:12]}", named, str(path), "Name the one it was trained with.")
             )
