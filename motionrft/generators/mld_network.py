@@ -29,7 +29,7 @@ class LatentSizes:
     """Features d per latent token. Where it is not `width`, linear layers lie between."""
     width: int = 128
     """Transformer width E."""
-    layers: int = 5
+    layers: int = 3
     """Blocks of each of the three transformers; odd."""
     heads: int = 4
     """Attention heads per block."""
