@@ -71,7 +71,7 @@ def test_losses_fall_on_a_few_clips(name: str) -> None:
         if training.after_step is not None:
             training.after_step(dict(training.network.named_parameters()), step + 1)
         losses.append(float(loss.detach()))
-    assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
 
 
 def test_a_student_starts_as_its_teacher_and_its_target_follows() -> None:
