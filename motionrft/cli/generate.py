@@ -13,6 +13,7 @@ from motionrft.cli.main import add_run_arguments
 from motionrft.config.load import write_run_config
 from motionrft.core.errors import ConfigError
 from motionrft.evaluation.motions import MotionSet
+from motionrft.nn.text import TEXT_ENCODER_HELP
 from motionrft.report.bvh import write_bvh
 from motionrft.report.clips import ClipView
 from motionrft.report.html import write_report
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("--steps", type=int, default=0, help="denoising steps; default: the generator's own")
     parser.add_argument("--guidance", type=float, help="guidance scale; default: the generator's own")
     parser.add_argument("--batch-size", type=int, default=32, help="motions per network call, at most 32")
-    parser.add_argument("--text-encoder", default="minilm", help="the one the generator was trained with")
+    parser.add_argument("--text-encoder", default="minilm", help=TEXT_ENCODER_HELP)
     parser.add_argument("--no-bvh", action="store_true", help="write no BVH files")
     parser.add_argument("--page-clips", type=int, default=24, help="motions shown in the page")
     add_run_arguments(parser, "runs/generate")

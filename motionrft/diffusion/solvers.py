@@ -87,12 +87,17 @@ def consistency_coefficients(
 
 
 def flow_euler_table(num_steps: int) -> SolverTable:
-    """Return Euler steps of a flow whose velocity points from noise (time 0) to data (time 1)."""
+    """Return Euler steps of a flow whose velocity points from noise (time 0) to data (time 1).
+
+    Its state t x0 + (1 - t) eps is sqrt(ab) x0 + sqrt(1 - ab) eps of the same signal-to-noise ratio times the norm
+    n = sqrt(t^2 + (1 - t)^2): noise_level is (1 - t) / n and scale is 1 / n.
+    """
     if num_steps < 1:
         raise ValueError(f"num_steps must be >= 1, got {num_steps}")
     edges = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     time, one = edges[:-1], torch.ones(num_steps, dtype=torch.float64)
-    return SolverTable(time, one, one / num_steps, 0 * one, one, 1 - time, 1 - edges)
+    norm = torch.hypot(edges, 1 - edges)
+    return SolverTable(time, one, one / num_steps, 0 * one, one, 1 - time, (1 - edges) / norm, 1 / norm)
 
 
 def skip_gains(table: SolverTable, prediction: str) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from motionrft.nn.attention import SelfAttention, SingleTokenAttention
+from motionrft.nn.dropout import Dropout
 
 
 class EncoderBlock(nn.Module):
@@ -23,7 +24,7 @@ class EncoderBlock(nn.Module):
         self.self_attn = SelfAttention(dim, num_heads, dropout, sites)
         self.linear1, self.linear2 = nn.Linear(dim, ff_dim), nn.Linear(ff_dim, dim)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor, num_queries: int | None = None) -> Tensor:
         """Return the block's output at the first `num_queries` positions (all by default), (B, Q, D)."""
@@ -41,7 +42,7 @@ class DecoderBlock(nn.Module):
         self.cross_attn = SingleTokenAttention(dim)
         self.linear1, self.linear2 = nn.Linear(dim, ff_dim), nn.Linear(ff_dim, dim)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor, memory_BD: Tensor) -> Tensor:
         """Return (B, T, D)."""

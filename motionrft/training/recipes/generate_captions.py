@@ -137,6 +137,9 @@ def _loaded(request: GenerateRequest) -> tuple[Generator, TextEncoder]:
                 "Give --text-encoder.",
             )
         )
+    move = getattr(encoder, "to", None)  # the stub has nothing to move
+    if move is not None:
+        move(request.device)
     if request.guidance is not None:
         generator.guidance = request.guidance
     return generator, encoder
