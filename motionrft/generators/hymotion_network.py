@@ -32,6 +32,8 @@ from motionrft.generators.hymotion_blocks import (
 )
 
 FPS_MODES = ("resample", "upstream")
+OUTPUTS = ("velocity", "clean")
+NEAREST = 1e-3  # a clean estimate is turned into a velocity no nearer to the data: one of 1000 steps
 _LORA = r"double_blocks\.\d+\.(motion|text)_(qkv|out_proj|mlp\.fc[12])|.+\.(self_attn_(qkv|proj)|mlp\.fc[12])"
 
 
@@ -82,6 +84,11 @@ class HYMotionConfig(ModelConfig):
     """Pelvis position minus the state's translation, metres: where the body's own origin is not its pelvis."""
     text_dropout: float = 0.1
     """Probability of training a clip with the learned features of the empty caption."""
+    output: str = "clean"
+    """What the last layer gives: "velocity" (the released models), or "clean": the motion, from which the velocity
+    follows. A velocity carries all of the noise, for which a small network is too narrow; a clean motion does not."""
+    frame_weight: float = 2.0
+    """Weight of the frame-difference error in the pre-training loss."""
     zero_final: bool = True
     """Start with zero velocity. The released models' last layer starts at random."""
     checkpoint_blocks: bool = False
@@ -101,6 +108,8 @@ class HYMotionConfig(ModelConfig):
             (self.min_frames <= self.train_frames, f"min_frames {self.min_frames} is above train_frames"),
             (self.pooled_gain > 0, f"pooled_gain must be positive, got {self.pooled_gain}"),
             (self.native_fps >= 0, f"native_fps must be >= 0, got {self.native_fps}"),
+            (self.output in OUTPUTS, f"output must be one of {OUTPUTS}, got {self.output!r}"),
+            (self.frame_weight >= 0, f"frame_weight must be >= 0, got {self.frame_weight}"),
             (self.fps_mode in FPS_MODES, f"fps_mode must be one of {FPS_MODES}, got {self.fps_mode!r}"),
             (0 <= self.text_dropout < 1, f"text_dropout must be in [0, 1), got {self.text_dropout}"),
         ]
@@ -130,6 +139,8 @@ def _released(width: int, heads: int, depth: int) -> HYMotionConfig:
         native_fps=30.0,
         # The neutral body's pelvis in its own coordinates: 1.09 m of mean translation are 0.90 m of pelvis height.
         rest_pelvis=(-0.0018, -0.1908, 0.0282),
+        output="velocity",
+        frame_weight=0.0,
         zero_final=False,
     )
 
@@ -138,6 +149,11 @@ FULL = _released(1280, 20, 27)
 """HY-Motion-1.0."""
 LITE = _released(1024, 16, 18)
 """HY-Motion-1.0-Lite."""
+
+
+def remaining(t_B: Tensor) -> Tensor:
+    """Return the flow time 1 - t (B, 1, 1) from here to the data, kept away from zero."""
+    return (1 - t_B).clamp(min=NEAREST)[:, None, None]
 
 
 class HYMotion(nn.Module):
@@ -202,7 +218,10 @@ class HYMotion(nn.Module):
         both = torch.cat([motion, text], dim=1)
         for block in self.single_blocks:
             both = self._run(block, both, condition, mask, table)
-        return pad(self.final_layer(both[:, :frames], condition), (0, 0, 0, total - frames))
+        out = self.final_layer(both[:, :frames], condition)
+        if self.config.output == "clean":
+            out = (out - x_BTD[:, :frames]) / remaining(t_B).to(x_BTD.dtype)
+        return pad(out, (0, 0, 0, total - frames))
 
     def _mask(self, frames: int, lengths_B: Tensor, mask_BL: Tensor) -> Tensor:
         """Return who sees whom, (B, 1, N, N): frames their neighbours and the text, text itself only."""
