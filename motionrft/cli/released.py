@@ -14,9 +14,12 @@ from motionrft.core.errors import ConfigError, explain
 from motionrft.core.types import Representation
 from motionrft.data.manifest import Dataset
 from motionrft.data.normalizers import load_normalizers, read_array_normalizers
-from motionrft.nn.text import load_text_encoder
+from motionrft.generators.registry import FAMILIES, FORMATS
+from motionrft.generators.released import ReleasedFormat
+from motionrft.nn.text import TEXT_ENCODER_HELP, load_text_encoder
 from motionrft.representations.normalize import Normalizer
 from motionrft.reward.released import PUBLISHED
+from motionrft.training.recipes.released_generator import GeneratorImport, export_generator, import_generator
 from motionrft.training.recipes.released_reward import (
     PARTS,
     ImportChoices,
@@ -132,12 +135,60 @@ def _run_export(options: argparse.Namespace) -> None:
         print(path)
 
 
+# ----------------------------------------------------------------------------------------------------- generators
+
+
+def _generator_kind(released: ReleasedFormat) -> Kind:
+    """Return how one family of generators is imported and exported."""
+
+    def import_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("path", metavar="PATH", type=Path, help=released.text)
+        parser.add_argument("--out", required=True, type=Path, help="model folder to write")
+        parser.add_argument("--text-encoder", default="", metavar="NAME", help=TEXT_ENCODER_HELP)
+        statistics = parser.add_mutually_exclusive_group()
+        statistics.add_argument("--stats", type=Path, help="folder of the published Mean and Std arrays")
+        statistics.add_argument("--dataset", type=Path, help="prepared dataset with the statistics of the weights")
+        for name, text in released.options.items():
+            parser.add_argument(f"--{name.replace('_', '-')}", default="", help=text)
+
+    def run_import(options: argparse.Namespace) -> None:
+        normalizers: dict[Representation, Normalizer] = {}
+        if options.stats is not None:
+            kinds = FAMILIES[released.family][0].representations
+            normalizers = read_array_normalizers(options.stats, kinds[:1])
+        elif options.dataset is not None:
+            normalizers = load_normalizers(Dataset.open(options.dataset))
+        encoder = load_text_encoder(options.text_encoder) if options.text_encoder else None
+        given = {name: str(getattr(options, name)) for name in released.options if getattr(options, name)}
+        choices = GeneratorImport(options.text_encoder, encoder, normalizers, given)
+        imported = import_generator(released, options.path, options.out, choices)
+        count = sum(p.numel() for p in imported.generator.network.parameters())
+        spec = imported.generator.spec
+        print(f"{imported.found.variant or released.family}: {count:,} parameters, {spec.representation.value}, "
+              f"{spec.fps:g} frames per second, {imported.found.sampling_steps} steps, "
+              f"guidance {spec.guidance_scale:g}")  # fmt: skip
+        for note in imported.notes:
+            print(note)
+        print(f"inputs.generator={imported.folder}")
+
+    def export_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("path", metavar="FOLDER", type=Path, help="model folder")
+        parser.add_argument("--out", required=True, type=Path, help="folder to write the released files to")
+
+    def run_export(options: argparse.Namespace) -> None:
+        for path in export_generator(released, options.path, options.out):
+            print(path)
+
+    return Kind(f"{released.family}: {released.text}", import_arguments, run_import, export_arguments, run_export)
+
+
 KINDS = {
+    **{name: _generator_kind(released) for name, released in FORMATS.items()},
     "motionreward": Kind(
         "MotionReward: backbone, preference and authenticity adapters",
         _import_arguments,
         _run_import,
         _export_arguments,
         _run_export,
-    )
+    ),
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,29 +52,39 @@ def load_normalizers(
     return {Representation(r): load_normalizer(dataset, r) for r in representations}
 
 
-def read_array_normalizers(folder: Path) -> dict[Representation, Normalizer]:
+def read_array_normalizers(
+    folder: Path, representations: Iterable[Representation] = tuple(Representation)
+) -> dict[Representation, Normalizer]:
     """Return the normalisers in `ARRAY_FILES` of a folder; the provenance names files and their hashes.
 
     Raises:
         ConfigError: a file is missing or no array.
         RepresentationError: wrong shape, not finite, or a standard deviation that is not positive.
     """
-    missing = [name for pair in ARRAY_FILES.values() for name in pair if not (folder / name).is_file()]
+    wanted = {Representation(r): ARRAY_FILES[Representation(r)] for r in representations}
+    missing = [name for pair in wanted.values() for name in pair if not (folder / name).is_file()]
     if missing:
         # Zeros and ones would load as well, and every score would be wrong without a word.
+        kinds = "all representations" if len(wanted) == len(Representation) else ", ".join(r.value for r in wanted)
         raise ConfigError(
-            explain("statistics of all representations", f"no {', '.join(missing)}", str(folder), "Add these files.")
+            explain(f"statistics of {kinds}", f"no {', '.join(missing)}", str(folder), "Add these files.")
         )
     result: dict[Representation, Normalizer] = {}
-    for representation, names in ARRAY_FILES.items():
+    for representation, names in wanted.items():
         mean, std = (_read_array(folder / name) for name in names)
         hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
         provenance = {"source": "arrays", "folder": str(folder.resolve()), "sha256": hashes}
-        if representation is Representation.JOINT:
-            result[representation] = Normalizer.from_pooled(mean, std, representation, provenance)
-        else:
-            result[representation] = Normalizer(mean, std, representation, provenance)
+        result[representation] = normalizer_of(mean, std, representation, provenance)
     return result
+
+
+def normalizer_of(
+    mean: torch.Tensor, std: torch.Tensor, representation: Representation, provenance: Mapping[str, Any]
+) -> Normalizer:
+    """Return the normaliser of published arrays; those of joints are one value per axis."""
+    if representation is Representation.JOINT and (3,) in (tuple(mean.shape), tuple(std.shape)):
+        return Normalizer.from_pooled(mean, std, representation, provenance)
+    return Normalizer(mean, std, representation, provenance)
 
 
 def _read_array(path: Path) -> torch.Tensor:

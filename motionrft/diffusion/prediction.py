@@ -1,6 +1,7 @@
-"""What a network's output means: x0, eps or v, as affine maps to the clean estimate; and the forward process.
+"""What a network's output means: x0, eps or v, as affine maps to the clean estimate; and the forward processes.
 
-All of them concern variance-preserving diffusion, x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps with ab = alpha_bar.
+They concern variance-preserving diffusion, x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps with ab = alpha_bar; only
+`flow_state` belongs to linear flows, whose networks output the velocity x_0 - eps.
 """
 
 from __future__ import annotations
@@ -43,3 +44,9 @@ def add_noise(x0_BTD: Tensor, noise_BTD: Tensor, alpha_bar_B: Tensor) -> Tensor:
     """Return sqrt(ab) x0 + sqrt(1 - ab) noise, row by row; the roots are taken in float64."""
     ab = alpha_bar_B.double().reshape(-1, *[1] * (x0_BTD.dim() - 1))
     return ab.sqrt().to(x0_BTD.dtype) * x0_BTD + (1.0 - ab).sqrt().to(x0_BTD.dtype) * noise_BTD
+
+
+def flow_state(x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
+    """Return t x0 + (1 - t) noise, row by row: the state of a linear flow at time t, 0 noise .. 1 data."""
+    t = t_B.to(x0.dtype).reshape(-1, *[1] * (x0.dim() - 1))
+    return t * x0 + (1.0 - t) * noise

@@ -37,8 +37,9 @@ class Training:
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Further state that belongs in the stage's checkpoints (`training.loop.Stateful` by name), e.g. a target network.
     """
-    after_step: Callable[[nn.Module, int], None] | None = None
-    """Called with the bare network and the batches done after every optimiser step, e.g. to move a target network."""
+    after_step: Callable[[Mapping[str, Tensor], int], None] | None = None
+    """Called with the whole trained tensors by name and the batches done after every optimiser step, e.g. to move a
+    target network."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class ModelConfig:
     lora_targets: ClassVar[Mapping[str, str]] = {}
     """Preset of low-rank fine-tuning -> regular expression that the whole name of a Linear of the network must match.
     The first is the default."""
+    default_lora_rank: ClassVar[int] = 0
+    """Rank of the adapters with which the family is fine-tuned unless told otherwise; 0 = all weights are."""
     kept_in_finetuning: ClassVar[tuple[str, ...]] = ()
     """Sub-modules of the network (name prefixes) that fine-tuning leaves as they are."""
 

@@ -12,10 +12,11 @@ from torch import Tensor
 def cast_floats(value: Any, dtype: torch.dtype) -> Any:
     """Return `value` with every floating-point tensor in it (tuples, lists, mappings included) as `dtype`.
 
-    Differentiable. Integer and bool tensors, and other objects, pass unchanged.
+    Differentiable. Double, integer and bool tensors, and other objects, pass unchanged: what was made double is not
+    meant to be rounded, above all the flow time, of which a network reads the sine of a thousandfold.
     """
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
     if isinstance(value, tuple):
         cast = [cast_floats(item, dtype) for item in value]
         return type(value)(*cast) if hasattr(value, "_fields") else tuple(cast)

@@ -124,7 +124,7 @@ def test_an_address_nobody_answers_at_is_refused_in_seconds(tmp_path: Path, caps
 
 def test_a_pickle_or_a_foreign_checkpoint_is_not_opened(tmp_path: Path) -> None:
     from motionrft.core.errors import CheckpointError
-    from motionrft.training.recipes.generator import load_generator
+    from motionrft.training.recipes.generator_files import load_generator
 
     (tmp_path / "model.pt").write_bytes(b"\x80\x04N.")
     with pytest.raises(CheckpointError):

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from motionrft.core.errors import ConfigError, DataError, explain
 from motionrft.core.plain import from_plain, to_plain
 from motionrft.core.protocols import Runtime
@@ -15,6 +18,8 @@ from motionrft.core.types import Representation
 from motionrft.evaluation.protocol import Scores
 from motionrft.finetune.step import SIMILARITY_TARGETS, Objective, rollout_step
 from motionrft.finetune.strategies import EasyTune, Strategy
+from motionrft.generators.base import Generator
+from motionrft.generators.lora import Adapter, adapter_for, add_adapter
 from motionrft.reward.terms import LEARNED_TERMS, TERMS, import_terms
 from motionrft.training.checkpoint import Card, CheckpointStore
 from motionrft.training.loop import run_loop
@@ -22,7 +27,13 @@ from motionrft.training.metrics import MetricsWriter
 from motionrft.training.optim import OptimConfig
 from motionrft.training.recipes.common import BatchSource, Split, close, whole_parameters
 from motionrft.training.recipes.evaluate import EvaluateRecipe, RewardFolders, ScoreJob, score, validation_recipe
-from motionrft.training.recipes.generator import Fixed, load_description, load_generator, save_weights
+from motionrft.training.recipes.generator_files import (
+    Fixed,
+    load_description,
+    load_generator,
+    save_adapter,
+    save_weights,
+)
 from motionrft.training.recipes.reward import require_text_encoder
 
 
@@ -52,6 +63,12 @@ class FinetuneRecipe:
     """AdamW; its total_steps is filled in with the planned updates."""
     max_frames: int = 196
     """Longest motion."""
+    lora_rank: int | None = None
+    """Rank of low-rank adapters; 0 = the weights themselves are trained. None = as the generator's family prefers."""
+    lora_alpha: float = 16.0
+    """Adapters are scaled by lora_alpha / lora_rank."""
+    lora_preset: str = ""
+    """Which layers get adapters, by the family's name for the choice; "" = its first."""
     log_every: int = 1
     """Batches between metric rows."""
     checkpoint_every: int = 50
@@ -80,6 +97,8 @@ class FinetuneRecipe:
             *((getattr(self, n) >= 1, f"{n} must be at least 1") for n in ("batches", "batch_size", "log_every")),
             (self.checkpoint_every >= 1, "checkpoint_every must be at least 1"),
             (self.validate_every >= 0, "validate_every must not be negative"),
+            (self.lora_rank is None or self.lora_rank >= 0, f"lora_rank must not be negative, got {self.lora_rank}"),
+            (self.lora_alpha > 0, f"lora_alpha must be positive, got {self.lora_alpha}"),
         ]
         problems = [text for holds, text in rules if not holds]
         if problems:
@@ -115,8 +134,8 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
     """Stage: fine-tune and write FOLDER/model; return the last metrics and validation scores."""
     job = from_plain(FinetuneJob, config, "finetune")
     recipe = job.recipe
-    split = Split.open(job.dataset, "train", data)
     generator = load_generator(job.generator, runtime.device)
+    split = Split.open(job.dataset, "train", data).prompting(generator.spec.text_encoder)
     reference = load_generator(job.generator, runtime.device)
     reference.network.requires_grad_(False)
     reward = job.reward.load(runtime.device)
@@ -133,13 +152,15 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
     seed = derive_seed("finetune", job.seed)
     frames = min(recipe.max_frames, generator.spec.max_frames)
     batches = BatchSource(split, kinds or [Representation.JOINT], frames, recipe.batch_size, seed, runtime)
+    adapter = _prepare(generator, recipe, seed)
     engine = runtime.build_engine(generator.network, replace(recipe.optim, total_steps=recipe.updates))
     description, fixed = load_description(job.generator)
     card = Card(
         description.kind, {**description.config, "origin": {"finetune": to_plain(job)}}, description.fingerprints
     )
     _write_plan(recipe, folder, runtime)
-    validate = _Validation(job, folder, card, fixed) if recipe.validate_every else None
+    store = _Store(adapter, reference, card, fixed, Path(job.generator))
+    validate = _Validation(job, folder, store) if recipe.validate_every else None
 
     def body(step: int) -> dict[str, float]:
         return rollout_step(
@@ -178,10 +199,45 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
         )
     weights = whole_parameters(engine, None)
     if runtime.rank == 0:
-        save_weights(folder / "model", weights, card, fixed, outcome.step, outcome.optimizer_steps)
+        store.save(folder / "model", weights, outcome.step, outcome.optimizer_steps)
     close(engine)
     last = {name: value for name, value in outcome.metrics.items() if name.startswith(("reward/", "optim/"))}
     return {"updates": outcome.optimizer_steps, "last": last, **(validate.last if validate is not None else {})}
+
+
+def _prepare(generator: Generator, recipe: FinetuneRecipe, seed: int) -> Adapter | None:
+    """Leave trainable what this run trains: an adapter, or the network without the parts its family keeps."""
+    model = generator.config
+    rank = model.default_lora_rank if recipe.lora_rank is None else recipe.lora_rank
+    if rank:
+        adapter = adapter_for(model, rank, recipe.lora_alpha, recipe.lora_preset)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed("lora", seed))
+            add_adapter(generator.network, adapter)
+        return adapter
+    for name, parameter in generator.network.named_parameters():
+        parameter.requires_grad_(not name.startswith(model.kept_in_finetuning or ("\0",)))
+    return None
+
+
+@dataclass(frozen=True)
+class _Store:
+    """How the tuned weights are kept: an adapter beside its base, or the whole model."""
+
+    adapter: Adapter | None
+    reference: Generator
+    card: Card
+    fixed: Fixed
+    base: Path
+
+    def save(self, place: Path, trained: Mapping[str, Tensor], done: int, steps: int) -> None:
+        """Write the trained tensors (whole, by name) to PLACE."""
+        if self.adapter is not None:
+            save_adapter(place, trained, self.card, self.adapter, self.base, done, steps)
+            return
+        # What was not trained is what it was in the reference, which no engine has taken apart.
+        weights = {**dict(self.reference.network.named_parameters()), **trained}
+        save_weights(place, weights, self.card, self.fixed, done, steps)
 
 
 def _write_plan(recipe: FinetuneRecipe, folder: Path, runtime: Runtime) -> None:
@@ -208,10 +264,10 @@ def show_plan(recipe: FinetuneRecipe, moments: int = 5) -> str:
 class _Validation:
     """Scores the generator on validation clips; rank 0 does it, all ranks learn the values."""
 
-    def __init__(self, job: FinetuneJob, folder: Path, card: Card, fixed: Fixed) -> None:
+    def __init__(self, job: FinetuneJob, folder: Path, store: _Store) -> None:
         if not job.evaluators:
             raise ConfigError("finetune.validate_every needs an evaluator: set inputs.evaluators, or set it to 0")
-        self.job, self.folder, self.card, self.fixed = job, folder / "validation", card, fixed
+        self.job, self.folder, self.store = job, folder / "validation", store
         self.base: Scores | None = None
         self.last: dict[str, Any] = {}
 
@@ -232,7 +288,7 @@ class _Validation:
                         )
                     )
             place = self.folder / f"model_{done}"
-            save_weights(place, weights, self.card, self.fixed, done, optimizer_steps)
+            self.store.save(place, weights, done, optimizer_steps)
             tuned = self._score(f"tuned_{done}", str(place))
             keys = ("r_precision_top1", "fid", "jerk")
             found = {f"val/{key}": tuned.values[key] for key in keys}

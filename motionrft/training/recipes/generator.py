@@ -21,18 +21,17 @@ from motionrft.core.errors import CheckpointError, ConfigError, explain
 from motionrft.core.plain import from_plain, to_plain
 from motionrft.core.protocols import Engine, Runtime
 from motionrft.core.rng import derive_seed, numpy_rng
-from motionrft.core.types import MotionBatch, Representation
+from motionrft.core.types import MotionBatch
 from motionrft.generators.base import Generator, Training
 from motionrft.generators.registry import (
     GeneratorConfig,
     TextSide,
     build_generator,
     generator_card,
-    generator_from_card,
 )
 from motionrft.generators.sampling import generate
 from motionrft.representations.normalize import Normalizer
-from motionrft.training.checkpoint import Card, Checkpoint, Snapshot, load_checkpoint, load_into, save_checkpoint
+from motionrft.training.checkpoint import Card, Snapshot, load_checkpoint, save_checkpoint
 from motionrft.training.ema import Ema
 from motionrft.training.optim import OptimConfig
 from motionrft.training.recipes.common import (
@@ -45,10 +44,16 @@ from motionrft.training.recipes.common import (
     train,
     whole_parameters,
 )
+from motionrft.training.recipes.generator_files import (
+    KIND,
+    Fixed,
+    generator_checkpoint_card,
+    load_generator,
+    save_weights,
+    take_frozen,
+)
 from motionrft.training.stages import read_json, seconds_of, write_json
-from motionrft.training.state_dict import require_same_tensors
 
-KIND = "generator"
 PRETRAIN_STAGES = ("generator", "autoencoder", "distill")
 _FINISH_BATCHES = 16  # training batches on which a finished stage measures its latent statistics
 
@@ -72,6 +77,8 @@ class PretrainRecipe:
     """What it generates: "kinematic", "joint" or "rotation"; "" = the family's own."""
     stage: str = "generator"
     """What learns: "autoencoder" (first, for families that denoise latents), "generator", or "distill"."""
+    text_encoder: str = ""
+    """Fingerprint (or its beginning) or name of an encoder added to the dataset; "" = the dataset's own."""
 
     def __post_init__(self) -> None:
         """Report every contradiction at once."""
@@ -114,7 +121,7 @@ class PretrainJob:
 def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
     """Stage: train a generator and write FOLDER/model (and FOLDER/model_long if the recipe goes on)."""
     job = from_plain(PretrainJob, config, "pretrain")
-    split = Split.open(job.dataset, "train", data)
+    split = _prompting(Split.open(job.dataset, "train", data), job.recipe.text_encoder)
     kind = job.generator.representation(job.recipe.representation)
     batches = BatchSource(
         split,
@@ -126,11 +133,13 @@ def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
     )
     generator, card = _new_generator(job, split, split.normalizer(kind))
     training = _training(generator, job, runtime.device)
-    _to(generator, runtime.device)
+    generator.to(runtime.device)
     steps = _planned_steps(job, folder, runtime)
     settings = replace(job.recipe.train, steps=steps)
     base_steps = job.recipe.train.steps
-    validation = Split.open(job.dataset, "val", data) if settings.validate_every else None
+    validation = None
+    if settings.validate_every:
+        validation = _prompting(Split.open(job.dataset, "val", data), job.recipe.text_encoder)
     start = _Start(job.continue_from)
     noise_seed = derive_seed("pretrain-noise", job.seed, job.continue_from != "")
 
@@ -145,16 +154,22 @@ def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
         """Write the model (the average, where there is one) to PLACE. Collective."""
         weights = whole_parameters(engine, ema)
         if job.recipe.stage == "autoencoder":
-            # Its weights are a frozen part of the generator that is trained next: measure on what is written.
+            # Its weights are a frozen part of the generator that is trained next: measure on what is written, and let
+            # training go on where it was.
+            own = {name: p.detach().clone() for name, p in training.network.named_parameters()}
             put_parameters(training.network, weights)
             generator.finish("autoencoder", [batches(step) for step in range(min(_FINISH_BATCHES, base_steps))])
+            fixed = Fixed.of(generator)
+            put_parameters(training.network, own)
             weights = {name: p.detach().float().cpu() for name, p in generator.network.named_parameters()}
+        else:
+            fixed = Fixed.of(generator)
         if runtime.rank == 0:
-            save_weights(place, weights, card, Fixed.of(generator), done, engine.steps)
+            save_weights(place, weights, card, fixed, done, engine.steps)
 
     def on_step(engine: Engine, ema: Ema | None, done: int) -> Mapping[str, float] | None:
         if training.after_step is not None:
-            training.after_step(engine.module, done)
+            training.after_step(engine.trainable_tensors(), done)
         if done == base_steps and not job.continue_from and steps > base_steps:
             keep(engine, ema, folder / "model", done)
         if done == base_steps and not job.continue_from and job.recipe.stage == "generator":
@@ -183,6 +198,15 @@ def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
     return {"steps": steps, "base_steps": base_steps, "loss": outcome.metrics.get("loss/total", math.nan)}
 
 
+def _prompting(split: Split, encoder: str) -> Split:
+    """Return the split with features of the encoder that is called, or whose fingerprint begins, so."""
+    if not encoder:
+        return split
+    added = split.dataset.added_texts().values()
+    named = [e.fingerprint for e in added if e.name == encoder or e.fingerprint.startswith(encoder)]
+    return split.prompting(named[0] if len(named) == 1 else encoder)
+
+
 def _training(generator: Generator, job: PretrainJob, device: torch.device) -> Training:
     """Return what learns in this stage, after taking over what earlier stages left.
 
@@ -203,18 +227,11 @@ def _training(generator: Generator, job: PretrainJob, device: torch.device) -> T
                 explain("inputs.autoencoder", "nothing", where, "Train one with --pretrain.stage=autoencoder first.")
             )
         found = load_checkpoint(Path(job.autoencoder), expected_kind=KIND).snapshot.extras
-        _take_frozen(generator, found.get("frozen", {}), job.autoencoder)
+        take_frozen(generator, found.get("frozen", {}), job.autoencoder)
     training = generator.training(stage)
     if stage == "autoencoder":
         training.network.requires_grad_(True)  # a frozen part at every other time
     return training
-
-
-def _take_frozen(generator: Generator, found: Mapping[str, Tensor], folder: str) -> None:
-    """Copy the frozen parts of a model folder, which must be those of the same family and sizes."""
-    own = {name: tuple(tensor.shape) for name, tensor in generator.frozen.state_dict().items()}
-    require_same_tensors(own, found, f"{folder}: frozen parts", "Train the autoencoder with the same generator.model.")
-    generator.frozen.load_state_dict(found, strict=True)
 
 
 class _Start:
@@ -257,24 +274,14 @@ def _planned_steps(job: PretrainJob, folder: Path, runtime: Runtime) -> int:
 
 
 def _new_generator(job: PretrainJob, split: Split, normalizer: Normalizer) -> tuple[Generator, Card]:
-    null = split.text.condition([""]) if job.generator.model.needs_null else None
-    text = TextSide(split.text.fingerprint, split.text.dim, split.text.pooled_dim, null)
+    read = split.prompts or split.text
+    null = read.condition([""]) if job.generator.model.needs_null else None
+    text = TextSide(read.fingerprint, read.dim, read.pooled_dim, null)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("generator", job.seed))
         generator = build_generator(job.generator, normalizer, text, split.clips.fps)
     made = to_plain(generator_card(job.generator, normalizer, text, split.clips.fps))
     return generator, generator_checkpoint_card(made, normalizer, {"job": to_plain(job)})
-
-
-def generator_checkpoint_card(
-    description: Mapping[str, Any], normalizer: Normalizer, origin: Mapping[str, Any]
-) -> Card:
-    """Return the card of a generator's checkpoint: how to rebuild it, what it was trained with, where it comes from."""
-    prints = {
-        f"normalizer/{normalizer.representation.value}": normalizer.fingerprint,
-        "text_encoder": str(description["text_encoder"]),
-    }
-    return Card(KIND, {"generator": dict(description), "origin": dict(origin)}, prints)
 
 
 def _keep_snapshot(engine: Engine, ema: Ema | None, runtime: Runtime, place: Path, card: Card, done: int) -> None:
@@ -309,69 +316,6 @@ def _validation_loss(
     return float(loss_B.mean())
 
 
-# ------------------------------------------------------------------------------------------------ weights on disk
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """What a generator's checkpoint holds beside its trained weights."""
-
-    normalizer: Normalizer
-    frozen: Mapping[str, Tensor]
-    """Autoencoder, latent statistics, empty caption; possibly nothing."""
-
-    @classmethod
-    def of(cls, generator: Generator) -> Fixed:
-        """Return the fixed parts of a generator, copied to the CPU."""
-        frozen = {name: t.detach().cpu().contiguous().clone() for name, t in generator.frozen.state_dict().items()}
-        return cls(generator.normalizer.to("cpu"), frozen)
-
-    def extras(self) -> dict[str, Mapping[str, Tensor]]:
-        """Return them as files of a checkpoint."""
-        statistics = {"mean": self.normalizer.mean.cpu().clone(), "std": self.normalizer.std.cpu().clone()}
-        return {"normalizer": statistics, **({"frozen": self.frozen} if self.frozen else {})}
-
-
-def save_weights(
-    place: Path, weights: Mapping[str, Tensor], card: Card, fixed: Fixed, done: int, optimizer_steps: int
-) -> Path:
-    """Write a generator's weights with its fixed parts to PLACE and return the checkpoint folder."""
-    model = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
-    return save_checkpoint(place, Snapshot(done, optimizer_steps, model, {}, fixed.extras()), card)
-
-
-def load_generator(folder: Path | str, device: torch.device | str = "cpu") -> Generator:
-    """Return the generator whose weights lie in a model folder, in eval mode.
-
-    Raises:
-        CheckpointError: missing, damaged, or of something else.
-    """
-    checkpoint = load_checkpoint(Path(folder), expected_kind=KIND)
-    description = checkpoint.card.config["generator"]
-    with torch.random.fork_rng(devices=[]):  # the weights are overwritten: callers keep their random state
-        _, generator = generator_from_card(description, _normalizer_of(checkpoint))
-    load_into(generator.network, checkpoint)
-    _take_frozen(generator, checkpoint.snapshot.extras.get("frozen", {}), str(folder))
-    generator.network.eval()
-    return _to(generator, device)
-
-
-def _normalizer_of(checkpoint: Checkpoint) -> Normalizer:
-    packed = checkpoint.snapshot.extras["normalizer"]
-    kind = Representation(checkpoint.card.config["generator"]["representation"])
-    return Normalizer(packed["mean"], packed["std"], kind)
-
-
-def load_description(folder: Path | str) -> tuple[Card, Fixed]:
-    """Return a model's card and fixed parts, to save weights derived from it."""
-    checkpoint = load_checkpoint(Path(folder), expected_kind=KIND)
-    return checkpoint.card, Fixed(_normalizer_of(checkpoint), checkpoint.snapshot.extras.get("frozen", {}))
-
-
-def _to(generator: Generator, device: torch.device | str) -> Generator:
-    return generator.to(device)
-
-
 # --------------------------------------------------------------------------------------------------------- generating
 
 
@@ -403,7 +347,7 @@ def run_generate(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
     folder.mkdir(parents=True, exist_ok=True)
     counts = {}
     for name in job.splits:
-        split = Split.open(job.dataset, name, data)
+        split = Split.open(job.dataset, name, data).prompting(generator.spec.text_encoder)
         order = numpy_rng("generate", job.seed, name).permutation(split.clips.rows(with_captions=True))
         chosen = np.sort(order[: job.clips or None])
         mine = chosen[runtime.rank :: runtime.world].tolist()

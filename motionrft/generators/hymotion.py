@@ -1,0 +1,198 @@
+"""HY-Motion family: flow matching on rotation features, conditioned on text tokens and a sentence vector.
+
+Path x_t = (1 - t) noise + t x_1, velocity x_1 - noise, Euler steps from t = 0 to 1. Letters: B batch, T motion frames,
+M model frames (those of the state; another number where the model's frame rate is another), D features of the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from motionrft.core.errors import ConfigError, explain
+from motionrft.core.protocols import SolverTable
+from motionrft.core.rng import keyed_normal, keyed_uniform
+from motionrft.core.types import Condition, MotionBatch, Representation, valid_mask
+from motionrft.diffusion.solvers import flow_euler_table
+from motionrft.generators.base import Build, Generator
+from motionrft.generators.hymotion_network import FULL, LITE, HYMotion, HYMotionConfig, remaining
+from motionrft.representations.layouts import rotation_to_hymotion
+from motionrft.representations.normalize import Normalizer
+from motionrft.representations.rotation import matrices_to_rotation, rotation_to_matrices
+
+__all__ = ["FULL", "LITE", "FrozenFeatures", "HYMotion", "HYMotionConfig", "HYMotionGenerator"]
+
+_CONSTANT = 1e-3
+"""Features of the state with a smaller standard deviation are constant: always their mean, and not learned."""
+_JOINT_STD_M = 0.3  # joints from the pelvis, where no statistics are known
+
+
+class FrozenFeatures(nn.Module):
+    """Statistics (D,) of the state, and the source features that released checkpoints hold and nothing here reads."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, normalizer: Normalizer, config: HYMotionConfig) -> None:
+        super().__init__()
+        mean, std = normalizer.mean.clone(), normalizer.std.clone()
+        mean[:3] -= torch.tensor(config.rest_pelvis)
+        extra = config.features - len(mean)
+        if extra:
+            mean, std = pad(mean, (0, extra)), pad(std, (0, extra), value=_JOINT_STD_M)
+            std[len(normalizer.std) : len(normalizer.std) + 3] = 0.0  # the pelvis seen from the pelvis
+            self.register_buffer("special_game_vtxt_feat", torch.zeros(1, 1, config.pooled_dim))
+            self.register_buffer("special_game_ctxt_feat", torch.zeros(1, 1, config.token_dim))
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    @property
+    def learned_D(self) -> Tensor:
+        """(D,) bool: features that vary."""
+        return self.std >= _CONSTANT
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Return features (..., D) as the network reads them; constant ones are only centred."""
+        return (x - self.mean) / torch.where(self.learned_D, self.std, 1.0)
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        """Return features (..., D) of a state; constant ones are their mean whatever the state says."""
+        return x * torch.where(self.learned_D, self.std, 0.0) + self.mean
+
+
+class HYMotionGenerator(Generator):
+    """Generator whose state is the normalised motion at the model's frame rate, (M, D).
+
+    Args:
+        build: identity, statistics, sampler; the sizes of the text features replace the config's.
+        config: sizes and variant of the network.
+        guidance: overrides the spec's scale.
+        network: an existing network to use; default: a new one from torch's global generator.
+
+    Raises:
+        ConfigError: also where motions can be longer than what the network is made for.
+    """
+
+    config: HYMotionConfig
+    frozen: FrozenFeatures
+
+    def __init__(
+        self, build: Build, config: HYMotionConfig, guidance: float | None = None, network: HYMotion | None = None
+    ) -> None:
+        config = replace(config, token_dim=build.token_dim, pooled_dim=build.pooled_dim)
+        network = HYMotion(config) if network is None else network
+        frozen = FrozenFeatures(build.normalizer, config)
+        super().__init__(build, config, network, frozen=frozen, guidance=guidance)
+        same = config.native_fps == 0 or config.fps_mode == "upstream"
+        self.rate = 1.0 if same else config.native_fps / self.spec.fps  # model frames per motion frame
+        if round(self.rate * self.spec.max_frames) > config.train_frames:
+            raise ConfigError(
+                explain(
+                    f"at most {int(config.train_frames / self.rate)} frames of {self.spec.fps:g} per second",
+                    f"max_frames {self.spec.max_frames}",
+                    f"hymotion with train_frames {config.train_frames}",
+                    "Lower generator.max_frames, or train a model with more train_frames.",
+                )
+            )
+
+    def model_lengths(self, lengths_B: Tensor) -> Tensor:
+        """Return how many model frames stand for so many motion frames, int64."""
+        scaled = (lengths_B.double() * self.rate).round().long()
+        return scaled.clamp(self.config.min_frames, self.config.train_frames)
+
+    def _shape(self, num_frames: int) -> tuple[int, ...]:
+        return (int(self.model_lengths(torch.tensor(num_frames))), self.config.features)
+
+    def _table(self, num_steps: int) -> SolverTable:
+        return flow_euler_table(num_steps)
+
+    def call(
+        self,
+        network: Callable[..., Tensor],
+        x: Tensor,
+        t_B: Tensor,
+        condition: Condition,
+        keep_B: Tensor,
+        lengths_B: Tensor,
+    ) -> Tensor:
+        """Return the velocity; lengths are those of the motion."""
+        # Engines in low precision round what they are given; the network sees 1000 t, so time stays in double.
+        return super().call(network, x, t_B.double(), condition, keep_B, self.model_lengths(lengths_B))
+
+    def decode(self, state: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return physical features (B, T, 135) of a clean state, zeros beyond each length; differentiable."""
+        motion = self.frozen.denormalise(state)[..., : Representation.ROTATION.dim]
+        motion = motion + pad(motion.new_tensor(self.config.rest_pelvis), (0, motion.shape[-1] - 3))
+        frames = int(lengths_B.max())
+        motion = motion[:, :frames] if self.rate == 1.0 else self._resample(motion, frames, lengths_B)
+        return torch.where(valid_mask(lengths_B, motion.shape[1])[..., None], motion, 0.0)
+
+    def _resample(self, motion_BMD: Tensor, frames: int, lengths_B: Tensor) -> Tensor:
+        """Return (B, T, 135) read at model frame `rate` times i: linear, then rotations made orthonormal again."""
+        place_T = torch.arange(frames, device=motion_BMD.device, dtype=torch.float64) * self.rate
+        last_B1 = (self.model_lengths(lengths_B) - 1)[:, None]
+        place_BT = torch.minimum(place_T[None], last_B1.double())
+        before = place_BT.floor()
+        share = (place_BT - before).to(motion_BMD.dtype)[..., None]
+        index = before.long()[..., None].expand(-1, -1, motion_BMD.shape[2])
+        after = torch.minimum(index + 1, last_B1[..., None])
+        between = torch.lerp(motion_BMD.gather(1, index), motion_BMD.gather(1, after), share)
+        return matrices_to_rotation(*rotation_to_matrices(between))
+
+    def encode(self, motion_BTD: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return the state (B, T, D) of motion at the model's frame rate, zeros beyond each length."""
+        motion = motion_BTD - pad(motion_BTD.new_tensor(self.config.rest_pelvis), (0, motion_BTD.shape[-1] - 3))
+        state = self.frozen.normalise(rotation_to_hymotion(motion) if self.config.joint_positions else motion)
+        return torch.where(valid_mask(lengths_B, state.shape[1])[..., None], state, 0.0)
+
+    def pretrain_loss(
+        self, network: Callable[..., Tensor], batch: MotionBatch, step: int, seed: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return per-sample losses (B,) of flow matching, and detached means for the log.
+
+        Loss: mean over valid frames and varying features of (v - (x_1 - noise))^2 at x_t, t uniform in [0, 1). Time,
+        noise and caption dropout depend on (seed, step, sample key) only.
+
+        Args:
+            network: the model's network, or the engine around it.
+            batch: clips at the model's frame rate.
+            step: batch index of the run.
+            seed: run seed.
+
+        Raises:
+            ConfigError: the model's frame rate is not that of the clips.
+        """
+        if self.rate != 1.0:
+            raise ConfigError(
+                explain(
+                    f"clips of {self.config.native_fps:g} frames per second",
+                    f"{self.spec.fps:g}",
+                    "pre-training hymotion",
+                    "Set generator.model.native_fps to 0: the model then has the frame rate of the data.",
+                )
+            )
+        x1 = self.encode(batch.motions[self.spec.representation], batch.lengths_B)
+        draw: tuple[Any, ...] = (seed, "pretrain", step)
+        keys_B = batch.keys_B
+        t_B = keyed_uniform(keys_B, "t", *draw).double()
+        keep_B = keyed_uniform(keys_B, "text", *draw) >= self.config.text_dropout
+        noise = keyed_normal(keys_B, tuple(x1.shape[1:]), "noise", *draw)
+        x_t = torch.lerp(noise, x1, t_B.to(x1.dtype)[:, None, None])
+        out = super().call(network, x_t, t_B, batch.prompt, keep_B, batch.lengths_B)
+        clean = self.config.output == "clean"
+        error = out * remaining(t_B).to(out.dtype) - (x1 - x_t) if clean else out - (x1 - noise)
+        error = error[..., self.frozen.learned_D]
+        mask_BT = valid_mask(batch.lengths_B, x1.shape[1])
+        value_B = _mean_over_frames(error.square().mean(-1), mask_BT)
+        change_B = _mean_over_frames((error[:, 1:] - error[:, :-1]).square().mean(-1), mask_BT[:, 1:])
+        loss_B = value_B + self.config.frame_weight * change_B
+        return loss_B, {f"loss/{self.config.output}": value_B.detach().mean(), "loss/change": change_B.detach().mean()}
+
+
+def _mean_over_frames(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    return torch.where(mask_BT, value_BT, 0.0).sum(1) / mask_BT.sum(1).clamp(min=1)
