@@ -23,6 +23,7 @@ from motionrft.nn.packed import PackedStack
 
 TEXT_TOWER = ("text_pre_proj", "textTransEncoder", "text_ln", "text_proj")
 """Sub-modules between text encoder and denoising blocks."""
+TARGETS = ("velocity", "noise")
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class MotionDiffuseConfig(ModelConfig):
     }
     kept_in_finetuning = TEXT_TOWER
 
-    latent_dim: int = 288
-    """Width W. Noise is as wide as the motion: what is narrower than its features (263) cannot name all of it."""
-    layers: int = 2
+    latent_dim: int = 128
+    """Width W."""
+    layers: int = 3
     """Denoising blocks."""
     heads: int = 4
     """Heads of the linear attention."""
-    ff: int = 288
+    ff: int = 256
     """Hidden width of the blocks' MLPs."""
     text_dim: int = 384
     """Features per text token, C."""
@@ -59,6 +60,10 @@ class MotionDiffuseConfig(ModelConfig):
     """Attention heads of the text tower."""
     text_ff: int = 128
     """Hidden width of the text tower's MLPs."""
+    target: str = "velocity"
+    """What the network's output is trained to be: the "noise" (published), or the "velocity" v from which the noise
+    follows. An error in the noise is multiplied by up to 157 in the motion, an error in v is not; and noise needs a
+    width of at least the motion's features. Trained for a minute or two, only the velocity gives motion."""
     dropout: float = 0.0
     """Dropout everywhere; the published model has none."""
     positions: int = 196
@@ -79,6 +84,7 @@ class MotionDiffuseConfig(ModelConfig):
                 self.text_heads < 1 or self.text_width % self.text_heads == 0,
                 f"text_heads {self.text_heads} must divide text_width {self.text_width}",
             ),
+            (self.target in TARGETS, f"target must be one of {TARGETS}, got {self.target!r}"),
             (0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}"),
             (0 <= self.text_dropout < 1, f"text_dropout must be in [0, 1), got {self.text_dropout}"),
         ]
@@ -97,12 +103,13 @@ OFFICIAL = MotionDiffuseConfig(
     text_layers=4,
     text_heads=4,
     text_ff=2048,
+    target="noise",
 )
 """The released models, HumanML3D (263 features, 20 fps) and KIT (251 features, 12.5 fps) alike."""
 
 
 class MotionDiffuse(nn.Module):
-    """Predicts the noise in a noisy normalised motion from the diffusion step and the caption's tokens.
+    """Predicts the noise (or velocity) in a noisy normalised motion from the diffusion step and the caption's tokens.
 
     Args:
         features: D.
@@ -135,7 +142,7 @@ class MotionDiffuse(nn.Module):
         keep_B: Tensor,
         lengths_B: Tensor,
     ) -> Tensor:
-        """Return the predicted noise (B, T, D); arbitrary beyond each length.
+        """Return what `config.target` says (B, T, D); arbitrary beyond each length.
 
         Args:
             x_BTD: normalised noisy motion, T <= `config.positions`.
@@ -166,7 +173,7 @@ class MotionDiffuse(nn.Module):
     def denoise(
         self, x_BTD: Tensor, t_B: Tensor, summary_BS: Tensor, text_BLU: Tensor, mask_BL: Tensor, lengths_B: Tensor
     ) -> Tensor:
-        """Return the predicted noise (B, T, D) from what `encode_text` returns."""
+        """Return what `forward` does, from what `encode_text` returns."""
         emb_BS = self.embed_time(t_B) + summary_BS
         num_frames = x_BTD.shape[1]
         mask_BT = valid_mask(lengths_B, num_frames)

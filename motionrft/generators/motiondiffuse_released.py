@@ -109,6 +109,7 @@ class MotionDiffuseReleased(ReleasedFormat):
         rules = [
             (spec.representation == Representation.KINEMATIC and dataset != "", "it generates no HumanML3D features"),
             (config.text_dim == TOKEN_DIM, f"its text tokens have {config.text_dim} features, CLIP's {TOKEN_DIM}"),
+            (config.target == "noise", f"target={config.target!r}"),
             (generator.guidance == 1.0, f"guidance {generator.guidance}"),
         ]
         problems = [text for holds, text in rules if not holds]
@@ -118,7 +119,7 @@ class MotionDiffuseReleased(ReleasedFormat):
                     "a model of the published architecture",
                     "; ".join(problems),
                     "export of MotionDiffuse",
-                    "Only imported models, or models trained on CLIP's tokens and HumanML3D features, can be exported.",
+                    "Train with target=noise on CLIP's tokens and HumanML3D features, or export an imported model.",
                 )
             )
         state = {name: t.detach().cpu() for name, t in generator.network.state_dict().items()}
@@ -163,7 +164,7 @@ def _settings(text: str) -> dict[str, str]:
     return {m[1]: m[2].strip() for line in text.splitlines() if (m := re.fullmatch(r"(\w+):(.*)", line.strip()))}
 
 
-def _sizes(network: Mapping[str, Tensor]) -> dict[str, int]:
+def _sizes(network: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return what the tensors tell: fields of the config, and the number of features.
 
     Raises:

@@ -53,6 +53,7 @@ def build(golden: dict[str, np.ndarray], part: str = "main") -> MotionDiffuse:
         text_heads=sizes["text_num_heads"],
         text_ff=sizes["text_ff_size"],
         positions=sizes["num_frames"],
+        target="noise",
     )
     assert sizes["time_embed_dim"] == 4 * config.latent_dim
     network = MotionDiffuse(sizes["input_feats"], config).eval()

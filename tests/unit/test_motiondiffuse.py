@@ -31,6 +31,7 @@ KIND = Representation.KINEMATIC
 SMALL = MotionDiffuseConfig(
     latent_dim=16, layers=2, heads=2, ff=24, text_dim=12, text_width=8, text_heads=2, text_ff=16, positions=24
 )
+NOISE = replace(SMALL, target="noise")
 SPEC = GeneratorSpec("motiondiffuse", KIND, 20.0, 24, "stub", "eps", 1000, 1.0)
 
 
@@ -89,14 +90,28 @@ def test_generator_satisfies_the_protocol_with_the_published_sampler_and_no_guid
     assert (make(solver="ddim").solver(10).c == 0).all()
 
 
-def test_default_network_is_small_but_wider_than_the_features() -> None:
+def test_default_network_is_small() -> None:
     parameters = sum(p.numel() for p in MotionDiffuse(263, MotionDiffuseConfig()).parameters())
-    assert 7e6 < parameters < 8e6 and MotionDiffuseConfig().latent_dim > 263
+    assert 1.5e6 < parameters < 2.5e6
 
 
 def test_a_new_network_predicts_nothing() -> None:
-    generator, batch = make(fresh=True), make_batch()
+    generator, batch = make(NOISE, fresh=True), make_batch()
     assert not output(generator, batch.text, noise(5, 16, 263), batch.lengths_B).any()
+
+
+@torch.no_grad()
+def test_noise_and_clean_estimate_follow_from_the_velocity() -> None:
+    """A network that outputs v = sqrt(ab) eps - sqrt(1 - ab) x0 gives back the eps and the x0 of which x_t is made."""
+    generator, batch = make(), make_batch()
+    x0, eps = noise(5, 16, 263), torch.randn(5, 16, 263, generator=torch.Generator().manual_seed(8))
+    table = generator.solver(6)
+    for i, t in enumerate(table.model_time):
+        ab = float(generator.alpha_bar[t])
+        x_t, v = ab**0.5 * x0 + (1 - ab) ** 0.5 * eps, ab**0.5 * eps - (1 - ab) ** 0.5 * x0
+        out = generator.predict(lambda *_, v=v: v, x_t, t, batch.text, batch.lengths_B)
+        torch.testing.assert_close(out, eps, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(float(table.p[i]) * x_t + float(table.q[i]) * out, x0, rtol=1e-3, atol=2e-3)
 
 
 @torch.no_grad()
@@ -162,24 +177,41 @@ def test_pretraining_loss_of_a_clip_does_not_depend_on_batch_or_padding() -> Non
     torch.testing.assert_close(padded, whole, rtol=1e-4, atol=1e-5)
     other, _ = generator.pretrain_loss(generator.network, batch, step=5, seed=2)
     assert (other != whole).all()
-    torch.testing.assert_close(metrics["loss/eps"], whole.detach().mean())
+    torch.testing.assert_close(metrics["loss/v"], whole.detach().mean())
 
 
-def test_a_network_that_knows_the_noise_has_no_loss() -> None:
-    generator, batch = make(), make_batch()
+def test_gradients_of_the_clean_estimate_are_amplified_for_noise_and_not_for_velocity() -> None:
+    batch, x, ratio = make_batch(), noise(5, 16, 263), {}
+    for config in (NOISE, SMALL):
+        generator, norms = make(config), []
+        table = generator.solver(5)
+        for i in (0, 3):  # training steps 999 and 250
+            generator.network.zero_grad()
+            out = generator.predict(generator.network, x, table.model_time[i], batch.text, batch.lengths_B)
+            motion = generator.decode(float(table.p[i]) * x + float(table.q[i]) * out, batch.lengths_B)
+            motion[..., 0].mean().backward()
+            norms.append(float(generator.network.out.weight.grad.norm()))
+        ratio[config.target] = norms[0] / norms[1]
+    assert ratio["noise"] > 100 and ratio["velocity"] < 3, ratio
+
+
+@pytest.mark.parametrize("config", [NOISE, SMALL], ids=["noise", "velocity"])
+def test_a_network_that_knows_the_answer_has_no_loss(config: MotionDiffuseConfig) -> None:
+    generator, batch = make(config), make_batch()
     drawn = generator.noisy(batch, 0, 0, 0.0)
+    ab = generator.alpha_bar[drawn.t_B].float()[:, None, None]
+    clean = generator.encode(batch.motions[KIND], batch.lengths_B)
+    torch.testing.assert_close(drawn.x_t, ab.sqrt() * clean + (1 - ab).sqrt() * drawn.noise, rtol=1e-4, atol=1e-5)
+    answer = drawn.noise if config is NOISE else ab.sqrt() * drawn.noise - (1 - ab).sqrt() * clean
     seen: list[Tensor] = []
 
     def network(x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor, pooled: Tensor, keep: Tensor, n: Tensor) -> Tensor:
         seen.extend([x, keep])
-        return drawn.noise
+        return answer
 
     loss, _ = generator.pretrain_loss(network, batch, 0, 0)
-    assert float(loss.abs().max()) == 0.0 and seen[1].all()
-    ab = generator.alpha_bar[drawn.t_B].float()[:, None, None]
-    clean = generator.encode(batch.motions[KIND], batch.lengths_B)
-    torch.testing.assert_close(seen[0], ab.sqrt() * clean + (1 - ab).sqrt() * drawn.noise, rtol=1e-4, atol=1e-5)
-    one_off = drawn.noise.clone()
+    assert float(loss.abs().max()) < 1e-10 and seen[1].all() and torch.equal(seen[0], drawn.x_t)
+    one_off = answer.clone()
     one_off[..., 70] += 1.0
     loss, _ = generator.pretrain_loss(lambda *_: one_off, batch, 0, 0)
     torch.testing.assert_close(loss, torch.full((5,), 1 / 263))
@@ -190,7 +222,7 @@ def test_training_from_zero_lowers_the_loss_and_moves_every_tensor() -> None:
     kind, batch = Representation.JOINT, make_batch()
     flat = Normalizer(torch.zeros(66), torch.ones(66), kind)
     # Wider than the features: what does not fit through the network is noise it cannot name.
-    wide = replace(SMALL, latent_dim=72, layers=1, heads=4)
+    wide = replace(NOISE, latent_dim=72, layers=1, heads=4)
     generator = MotionDiffuseGenerator(Build(replace(SPEC, representation=kind), flat, 12, 5), wide)
     batch = replace(batch, motions={kind: batch.motions[KIND][..., :66]})
     before = {name: p.detach().clone() for name, p in generator.network.named_parameters()}
@@ -267,10 +299,12 @@ def test_a_card_rebuilds_its_generator() -> None:
 def test_impossible_settings_are_refused_with_their_names() -> None:
     with pytest.raises(ConfigError, match=r"heads 5.*text_heads 5.*dropout"):
         MotionDiffuseConfig(heads=5, text_heads=5, dropout=1.0)
+    with pytest.raises(ConfigError, match="target"):
+        MotionDiffuseConfig(target="x0")
     with pytest.raises(ConfigError, match=r"at most 24.*positions"):
         make(max_frames=25)
     with pytest.raises(ConfigError, match="train_steps"):
         make(train_steps=15)
     with pytest.raises(ConfigError, match="frames"):
         make().state_shape(25)
-    assert OFFICIAL.positions == 196 and OFFICIAL.text_dropout == 0
+    assert OFFICIAL.target == "noise" and OFFICIAL.positions == 196 and OFFICIAL.text_dropout == 0

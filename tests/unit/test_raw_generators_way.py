@@ -18,6 +18,7 @@ from motionrft.finetune.step import Objective, rollout_step
 from motionrft.finetune.strategies import DRaFT, EasyTune, ReFL, Strategy
 from motionrft.generators.base import Generator, ModelConfig
 from motionrft.generators.mdm_network import OFFICIAL, OFFICIAL_DECODER, OFFICIAL_DECODER_TOKENS, MDMConfig
+from motionrft.generators.motiondiffuse import OFFICIAL as DIFFUSE_OFFICIAL
 from motionrft.generators.motiondiffuse import MotionDiffuseConfig
 from motionrft.generators.registry import GeneratorConfig
 from motionrft.generators.sampling import generate
@@ -36,6 +37,7 @@ MODELS: dict[str, ModelConfig] = {
     "mdm-decoder": replace(OFFICIAL_DECODER, **TINY),
     "mdm-decoder-tokens": replace(OFFICIAL_DECODER_TOKENS, **TINY),
     "motiondiffuse": MotionDiffuseConfig(**TINY, text_width=8, text_heads=2, text_ff=8, positions=40),
+    "motiondiffuse-noise": replace(DIFFUSE_OFFICIAL, **TINY, text_width=8, text_layers=1, text_heads=2, text_ff=8),
 }
 FROM_SCRATCH = ("mdm", "motiondiffuse")
 SHIFTED = r".*[sc]a_block\.key\.bias"  # softmax over positions takes it out again: no gradient, ever
@@ -103,7 +105,7 @@ class Keeps(SingleEngine):
         return super().step()
 
 
-def roll(place: Path, generator: Generator, strategy: Strategy, lr: float = 1e-3, steps: int = 6, **when: float):
+def roll(place: Path, generator: Generator, strategy: Strategy, lr: float = 1e-3):
     engine = Keeps(generator.network, OptimConfig(lr=lr, schedule="constant"))
     metrics = rollout_step(
         engine,
@@ -113,8 +115,8 @@ def roll(place: Path, generator: Generator, strategy: Strategy, lr: float = 1e-3
         batch_of(place),
         objective=Objective({"semantic": 1.0}),
         strategy=strategy,
-        num_steps=steps,
-        progress=when.get("progress", 1.0),
+        num_steps=6,
+        progress=1.0,
         step=0,
         seed=0,
         collective=LocalRuntime(),
@@ -145,8 +147,8 @@ def test_fine_tuning_moves_every_trainable_tensor_and_nothing_else(place: Path, 
     kept = generator.config.kept_in_finetuning
     assert set(engine.kept) == {key for key in before if not (kept and key.startswith(kept))}
     for key, parameter in generator.network.named_parameters():
-        assert torch.equal(parameter, before[key]) == (key not in engine.kept), key
-    assert bool(kept) == (name == "motiondiffuse")
+        assert torch.equal(parameter, before[key]) == (key not in engine.kept) or re.fullmatch(SHIFTED, key), key
+    assert bool(kept) == name.startswith("motiondiffuse")
 
 
 @pytest.mark.parametrize("name", FROM_SCRATCH)
@@ -164,16 +166,6 @@ def test_the_reward_of_the_sample_rises(place: Path, name: str, strategy: Strate
     for _ in range(6):
         roll(place, generator, strategy, lr=1e-2)
     assert final() > before
-
-
-def test_the_noisiest_steps_of_a_noise_predictor_are_amplified(place: Path) -> None:
-    """What the docstring of MotionDiffuseGenerator advises: the clean end has bounded gradients, the noisy has not."""
-    norms = {}
-    for progress in (0.0, 1.0):  # the curriculum's first and last window
-        strategy = EasyTune(window=1, sweep_ratio=1.0)
-        _, metrics = roll(place, load(place, "motiondiffuse"), strategy, lr=1e-9, progress=progress)
-        norms[progress] = metrics["optim/grad_norm"]
-    assert norms[0.0] > 10 * norms[1.0] > 0
 
 
 def test_the_frozen_text_tower_carries_no_graph(place: Path) -> None:

@@ -57,7 +57,7 @@ CASES = {
         2,
     ),
     "mdm": Case("mdm", replace(OFFICIAL, latent_dim=16, layers=2, ff=1024), "clip-mdm"),
-    "motiondiffuse": Case("motiondiffuse", MotionDiffuseConfig(), "clip-tokens"),
+    "motiondiffuse": Case("motiondiffuse", MotionDiffuseConfig(target="noise"), "clip-tokens"),
     "acmdm": Case("acmdm", ACMDMConfig(layers=2, heads=1, text_gain=1.0), "clip"),
     "acmdm latent": Case("acmdm", ACMDMLatentConfig(layers=2, heads=1, patch=11, text_gain=1.0), "clip"),
     "hymotion": Case(

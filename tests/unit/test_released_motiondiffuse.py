@@ -107,6 +107,8 @@ def test_statistics_of_another_width_are_refused() -> None:
 def test_models_that_the_published_code_cannot_build_are_not_exported() -> None:
     with pytest.raises(ConfigError, match=r"384 features, CLIP's 512"):
         FORMAT.write(make(replace(TINY, text_dim=384)))
+    with pytest.raises(ConfigError, match="target='velocity'"):
+        FORMAT.write(make(replace(TINY, target="velocity")))
     with pytest.raises(ConfigError, match="guidance 2"):
         FORMAT.write(make(replace(TINY, text_dropout=0.1), guidance_scale=2.0))
 
