@@ -53,6 +53,7 @@ class Recorded:
             text_relu=found["text_act_fn"] == "relu",
             text_gain=1.0,
             time_dim=found["time_dim"],
+            smooth_positions=False,
         )
         null = self.arrays.get(f"{at}in/text_uncond")
         if found["time_cond_proj_dim"]:

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale; default: the generator's own")
     parser.add_argument("--batch-size", type=int, default=32, help="motions per network call, at most 32")
     parser.add_argument("--text-encoder", default="minilm", help=TEXT_ENCODER_HELP)
+    parser.add_argument("--compile", action="store_true", help="compile the network (needs a C++ compiler)")
     parser.add_argument("--no-bvh", action="store_true", help="write no BVH files")
     parser.add_argument("--page-clips", type=int, default=24, help="motions shown in the page")
     add_run_arguments(parser, "runs/generate")
@@ -48,7 +49,14 @@ def run(options: argparse.Namespace) -> int:
     folder = required(config.inputs.generator, "inputs.generator", "`motionrft pretrain`, `finetune` or `import`")
     device = "cuda" if config.hardware.workers.use_gpu else "cpu"
     request = GenerateRequest(
-        folder, options.text_encoder, options.steps, config.seed, options.guidance, options.batch_size, device
+        folder,
+        options.text_encoder,
+        options.steps,
+        config.seed,
+        options.guidance,
+        options.batch_size,
+        device,
+        options.compile,
     )
     write_run_config(options.run_dir, config, command_line())
     with launcher.session():

@@ -257,12 +257,17 @@ class Dataset:
         if fingerprint not in added:
             known = [f"{entry.name} ({entry.fingerprint[:12]})" for entry in added.values()]
             own = f"{self.manifest.text_encoder_name} ({self.manifest.text_encoder[:12]})"
+            add = "Add them: `motionrft prepare --add-text ENCODER --out DATASET`."
+            if len(fingerprint) != 64:  # a released generator, imported without its encoder at hand
+                add = (
+                    "The generator only names its encoder: import it again with --text-encoder. Then add its features."
+                )
             raise DataError(
                 explain(
                     f"text features of encoder {fingerprint[:40]}",
                     f"those of {', '.join([own, *known])}",
                     str(self.root),
-                    "Add them: `motionrft prepare --add-text ENCODER --out DATASET`.",
+                    add,
                 )
             )
         entry, path = added[fingerprint].file, self.root / text_file(fingerprint)

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 PREDICTIONS = ("x0", "eps", "v")
+FLOW_OUTPUTS = ("velocity", "clean")
+"""What the last layer of a flow network may give; the velocity follows from a clean estimate."""
+_NEAREST = 1e-3  # a clean estimate is turned into a velocity no nearer to the data: one of 1000 steps
 
 
 def x0_coefficients(alpha_bar: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
@@ -50,3 +53,11 @@ def flow_state(x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
     """Return t x0 + (1 - t) noise, row by row: the state of a linear flow at time t, 0 noise .. 1 data."""
     t = t_B.to(x0.dtype).reshape(-1, *[1] * (x0.dim() - 1))
     return t * x0 + (1.0 - t) * noise
+
+
+def flow_remaining(x: Tensor, t_B: Tensor) -> Tensor:
+    """Return the flow time 1 - t from here to the data, kept away from zero, shaped to broadcast against x.
+
+    A network that estimates the clean state has the velocity (x0_hat - x_t) / (1 - t).
+    """
+    return (1 - t_B).clamp(min=_NEAREST).reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)

@@ -17,7 +17,7 @@ from motionrft.core.errors import ConfigError, explain
 from motionrft.core.protocols import SolverTable
 from motionrft.core.rng import keyed_normal, keyed_uniform
 from motionrft.core.types import Condition, MotionBatch, Representation, valid_mask
-from motionrft.diffusion.prediction import flow_state
+from motionrft.diffusion.prediction import flow_remaining, flow_state
 from motionrft.diffusion.solvers import flow_euler_table
 from motionrft.generators.acmdm_autoencoder import (
     FRAMES_PER_LATENT,
@@ -128,7 +128,9 @@ class ACMDMGenerator(Generator):
         """Return per-sample losses (B,) of the flow, and detached means for the log.
 
         Loss: mean over valid state frames, joints and channels of (v - (x1 - noise))^2 at the state
-        t x1 + (1 - t) noise, t uniform. Time, noise and caption dropout depend on (seed, step, sample key) only.
+        t x1 + (1 - t) noise, t uniform; networks that give a clean state are judged by its error instead. Added is
+        `frame_weight` times the same of frame differences. Time, noise and caption dropout depend on (seed, step,
+        sample key) only.
 
         Differs: upstream averages over the frames of the whole batch, so long clips count more; here clips count alike.
 
@@ -144,10 +146,18 @@ class ACMDMGenerator(Generator):
         t_B = keyed_uniform(keys_B, "t", *draw)
         keep_B = keyed_uniform(keys_B, "text", *draw) >= self.config.text_dropout
         noise = keyed_normal(keys_B, tuple(x1.shape[1:]), "noise", *draw)
-        out = self.call(network, flow_state(x1, noise, t_B), t_B, batch.prompt, keep_B, batch.lengths_B)
-        error_BL = (out - (x1 - noise)).square().mean((2, 3))
-        loss_B = _mean_over_frames(error_BL, self.state_lengths(batch.lengths_B))
-        return loss_B, {"loss/velocity": loss_B.detach().mean()}
+        x_t = flow_state(x1, noise, t_B)
+        out = self.call(network, x_t, t_B, batch.prompt, keep_B, batch.lengths_B)
+        clean = self.config.output == "clean"
+        error = out * flow_remaining(out, t_B) - (x1 - x_t) if clean else out - (x1 - noise)
+        lengths_B = self.state_lengths(batch.lengths_B)
+        loss_B = _mean_over_frames(error.square().mean((2, 3)), lengths_B)
+        metrics = {f"loss/{self.config.output}": loss_B.detach().mean()}
+        if self.config.frame_weight:
+            change_B = _mean_over_frames((error[:, 1:] - error[:, :-1]).square().mean((2, 3)), lengths_B - 1)
+            loss_B = loss_B + self.config.frame_weight * change_B
+            metrics["loss/change"] = change_B.detach().mean()
+        return loss_B, metrics
 
     def autoencoder_loss(
         self, network: Callable[..., Tensor], batch: MotionBatch, step: int, seed: int
@@ -200,4 +210,4 @@ class ACMDMGenerator(Generator):
 
 def _mean_over_frames(value_BT: Tensor, lengths_B: Tensor) -> Tensor:
     mask_BT = valid_mask(lengths_B, value_BT.shape[1])
-    return torch.where(mask_BT, value_BT, 0.0).sum(1) / lengths_B
+    return torch.where(mask_BT, value_BT, 0.0).sum(1) / lengths_B.clamp(min=1)

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from motionrft.core.errors import ConfigError, explain
 from motionrft.core.types import Representation, valid_mask
+from motionrft.diffusion.prediction import FLOW_OUTPUTS, flow_remaining
 from motionrft.generators.base import ModelConfig
 from motionrft.nn.embeddings import time_sinusoid
 
@@ -51,6 +52,11 @@ class ACMDMConfig(ModelConfig):
     """Factor on the sentence vector: one of unit norm and D features is read as weak noise without sqrt(D)."""
     text_dropout: float = 0.1
     """Probability of training a clip without its caption, for classifier-free guidance."""
+    output: str = "velocity"
+    """What the last layer gives: "velocity" (the released models), or "clean": the state, from which the velocity
+    follows. A velocity carries all of the noise; small networks shake less with a clean state."""
+    frame_weight: float = 0.0
+    """Weight of the frame-difference error in the pre-training loss."""
 
     def __post_init__(self) -> None:
         """Report every contradiction at once."""
@@ -65,6 +71,8 @@ class ACMDMConfig(ModelConfig):
         rules += [
             (0 <= self.text_dropout < 1, f"text_dropout must be in [0, 1), got {self.text_dropout}"),
             (self.text_gain > 0, f"text_gain must be positive, got {self.text_gain}"),
+            (self.output in FLOW_OUTPUTS, f"output must be one of {FLOW_OUTPUTS}, got {self.output!r}"),
+            (self.frame_weight >= 0, f"frame_weight must be >= 0, got {self.frame_weight}"),
         ]
         return [message for holds, message in rules if not holds]
 
@@ -210,6 +218,7 @@ class ACMDM(nn.Module):
         self.ACMDMTransformer = nn.ModuleList(_Block(width) for _ in range(config.layers))
         self.y_embedder = nn.Linear(config.text_dim, width)
         self.final_layer = _FinalLayer(width, channels * patch)
+        self.clean = config.output == "clean"
         self._initialise()
 
     def _initialise(self) -> None:
@@ -256,7 +265,8 @@ class ACMDM(nn.Module):
         for block in self.ACMDMTransformer:
             h_BNE = block(h_BNE, y_B1E, mask_BN, tables)
         # Within a token the features are patch joint by channel: already the order of the state.
-        return self.final_layer(h_BNE, y_B1E).reshape(len(h_BNE), frames, self.joints, self.channels)
+        out = self.final_layer(h_BNE, y_B1E).reshape(len(h_BNE), frames, self.joints, self.channels)
+        return (out - x_BLJC.to(out.dtype)) / flow_remaining(out, t_B) if self.clean else out
 
     def embed(self, x_BLJC: Tensor) -> Tensor:
         """Return one token per patch, frame by frame, (B, N, E)."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from motionrft.core.errors import CheckpointError, explain
+from motionrft.core.errors import CheckpointError, ConfigError, explain
 from motionrft.generators.acmdm import ACMDMGenerator
 from motionrft.generators.acmdm_autoencoder import ACMDMLatentConfig, latent
 from motionrft.generators.acmdm_network import HEAD_DIM, SCALES, ACMDMConfig
@@ -92,6 +92,9 @@ class ACMDMReleased(ReleasedFormat):
         """
         assert isinstance(generator, ACMDMGenerator)
         model, longest = generator.config, generator.spec.max_frames
+        if model.output != "velocity":
+            got, do = f"output {model.output!r}", "The published code knows velocities only."
+            raise ConfigError(explain("a network that gives velocities", got, "export of acmdm", do))
         network = dict(generator.network.state_dict())
         network["y_embedder.weight"] = network["y_embedder.weight"] * model.text_gain
         name = _zoo_name(model)

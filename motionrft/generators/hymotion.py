@@ -18,6 +18,7 @@ from motionrft.core.errors import ConfigError, explain
 from motionrft.core.protocols import SolverTable
 from motionrft.core.rng import keyed_normal, keyed_uniform
 from motionrft.core.types import Condition, MotionBatch, Representation, valid_mask
+from motionrft.diffusion.prediction import flow_remaining
 from motionrft.diffusion.solvers import flow_euler_table
 from motionrft.generators.base import Build, Generator
 from motionrft.generators.hymotion_network import FULL, LITE, HYMotion, HYMotionConfig
@@ -184,7 +185,15 @@ class HYMotionGenerator(Generator):
         noise = keyed_normal(keys_B, tuple(x1.shape[1:]), "noise", *draw)
         x_t = torch.lerp(noise, x1, t_B.to(x1.dtype)[:, None, None])
         out = super().call(network, x_t, t_B, batch.prompt, keep_B, batch.lengths_B)
-        error_BT = (out - (x1 - noise)).square()[..., self.frozen.learned_D].mean(-1)
+        clean = self.config.output == "clean"
+        error = out * flow_remaining(out, t_B) - (x1 - x_t) if clean else out - (x1 - noise)
+        error = error[..., self.frozen.learned_D]
         mask_BT = valid_mask(batch.lengths_B, x1.shape[1])
-        loss_B = torch.where(mask_BT, error_BT, 0.0).sum(1) / mask_BT.sum(1).clamp(min=1)
-        return loss_B, {"loss/velocity": loss_B.detach().mean()}
+        value_B = _mean_over_frames(error.square().mean(-1), mask_BT)
+        change_B = _mean_over_frames((error[:, 1:] - error[:, :-1]).square().mean(-1), mask_BT[:, 1:])
+        loss_B = value_B + self.config.frame_weight * change_B
+        return loss_B, {f"loss/{self.config.output}": value_B.detach().mean(), "loss/change": change_B.detach().mean()}
+
+
+def _mean_over_frames(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    return torch.where(mask_BT, value_BT, 0.0).sum(1) / mask_BT.sum(1).clamp(min=1)

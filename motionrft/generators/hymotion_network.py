@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from motionrft.core.errors import ConfigError
 from motionrft.core.types import Representation, valid_mask
+from motionrft.diffusion.prediction import FLOW_OUTPUTS, flow_remaining
 from motionrft.generators.base import ModelConfig
 from motionrft.generators.hymotion_blocks import (
     DoubleBlock,
@@ -82,6 +83,11 @@ class HYMotionConfig(ModelConfig):
     """Pelvis position minus the state's translation, metres: where the body's own origin is not its pelvis."""
     text_dropout: float = 0.1
     """Probability of training a clip with the learned features of the empty caption."""
+    output: str = "clean"
+    """What the last layer gives: "velocity" (the released models), or "clean": the motion, from which the velocity
+    follows. A velocity carries all of the noise, for which a small network is too narrow; a clean motion does not."""
+    frame_weight: float = 2.0
+    """Weight of the frame-difference error in the pre-training loss."""
     zero_final: bool = True
     """Start with zero velocity. The released models' last layer starts at random."""
     checkpoint_blocks: bool = False
@@ -101,6 +107,8 @@ class HYMotionConfig(ModelConfig):
             (self.min_frames <= self.train_frames, f"min_frames {self.min_frames} is above train_frames"),
             (self.pooled_gain > 0, f"pooled_gain must be positive, got {self.pooled_gain}"),
             (self.native_fps >= 0, f"native_fps must be >= 0, got {self.native_fps}"),
+            (self.output in FLOW_OUTPUTS, f"output must be one of {FLOW_OUTPUTS}, got {self.output!r}"),
+            (self.frame_weight >= 0, f"frame_weight must be >= 0, got {self.frame_weight}"),
             (self.fps_mode in FPS_MODES, f"fps_mode must be one of {FPS_MODES}, got {self.fps_mode!r}"),
             (0 <= self.text_dropout < 1, f"text_dropout must be in [0, 1), got {self.text_dropout}"),
         ]
@@ -130,6 +138,8 @@ def _released(width: int, heads: int, depth: int) -> HYMotionConfig:
         native_fps=30.0,
         # The neutral body's pelvis in its own coordinates: 1.09 m of mean translation are 0.90 m of pelvis height.
         rest_pelvis=(-0.0018, -0.1908, 0.0282),
+        output="velocity",
+        frame_weight=0.0,
         zero_final=False,
     )
 
@@ -202,7 +212,10 @@ class HYMotion(nn.Module):
         both = torch.cat([motion, text], dim=1)
         for block in self.single_blocks:
             both = self._run(block, both, condition, mask, table)
-        return pad(self.final_layer(both[:, :frames], condition), (0, 0, 0, total - frames))
+        out = self.final_layer(both[:, :frames], condition)
+        if self.config.output == "clean":
+            out = (out - x_BTD[:, :frames]) / flow_remaining(out, t_B)
+        return pad(out, (0, 0, 0, total - frames))
 
     def _mask(self, frames: int, lengths_B: Tensor, mask_BL: Tensor) -> Tensor:
         """Return who sees whom, (B, 1, N, N): frames their neighbours and the text, text itself only."""

@@ -185,10 +185,11 @@ def _config(model: HYMotionConfig, guidance: float) -> dict[str, Any]:
     Raises:
         ConfigError: sizes that it cannot express.
     """
-    if model.single_blocks != 2 * model.double_blocks:
-        blocks = f"{model.single_blocks} and {model.double_blocks}"
-        do = "The published settings give their sum only."
-        raise ConfigError(explain("twice as many single as double blocks", blocks, "export of hymotion", do))
+    if model.single_blocks != 2 * model.double_blocks or model.output != FULL.output:
+        expected = "output velocity, and twice as many single as double blocks"
+        got = f"output {model.output}, {model.single_blocks} and {model.double_blocks} blocks"
+        do = "The published settings cannot say anything else."
+        raise ConfigError(explain(expected, got, "export of hymotion", do))
     return {
         "network_module": "hymotion/network/hymotion_mmdit.HunyuanMotionMMDiT",
         "network_module_args": _settings(model),

@@ -75,6 +75,7 @@ OFFICIAL = MLDConfig(
     text_gain=1.0,
     text_relu=True,
     time_dim=768,
+    smooth_positions=False,
     scale_latents=False,
 )
 ORIGINAL = replace(OFFICIAL, spare_positions=True)

@@ -29,7 +29,7 @@ class LatentSizes:
     """Features d per latent token. Where it is not `width`, linear layers lie between."""
     width: int = 128
     """Transformer width E."""
-    layers: int = 5
+    layers: int = 3
     """Blocks of each of the three transformers; odd."""
     heads: int = 4
     """Attention heads per block."""
@@ -47,6 +47,8 @@ class LatentSizes:
     """Size of the sinusoid of the diffusion step; 768 in the released models."""
     positions: int = 500
     """Rows of the learned position tables: frames + 2 N must not exceed it."""
+    smooth_positions: bool = True
+    """Position tables start as sinusoids, from which short trainings learn faster; False: uniform, as published."""
 
     def __post_init__(self) -> None:
         """Report every contradiction at once."""
@@ -62,6 +64,10 @@ class LatentSizes:
             (self.layers % 2 == 1, f"layers must be odd (skip connections mirror them), got {self.layers}"),
             (self.heads < 1 or self.width % self.heads == 0, f"heads {self.heads} must divide width {self.width}"),
             (self.time_dim % 2 == 0, f"time_dim must be even, got {self.time_dim}"),
+            (
+                self.width % 2 == 0 or not self.smooth_positions,
+                f"smooth_positions need an even width, got {self.width}",
+            ),
             (0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}"),
             (self.text_gain > 0, f"text_gain must be positive, got {self.text_gain}"),
         ]
@@ -79,11 +85,13 @@ class LatentSizes:
 
 
 class PositionTable(nn.Module):
-    """Learned positions, uniform in [0, 1) at start."""
+    """Learned positions, at start sinusoids or uniform in [0, 1)."""
 
-    def __init__(self, rows: int, width: int) -> None:
+    def __init__(self, sizes: LatentSizes) -> None:
         super().__init__()
-        self.pe = nn.Parameter(torch.rand(rows, 1, width))
+        rows, width = sizes.positions, sizes.width
+        start = time_sinusoid(torch.arange(rows), width).float() if sizes.smooth_positions else torch.rand(rows, width)
+        self.pe = nn.Parameter(start[:, None].contiguous())
 
     def forward(self, x_BNE: Tensor) -> Tensor:
         """Return x with its positions added.
@@ -163,7 +171,7 @@ class MLDDenoiser(nn.Module):
         self.latent_post: nn.Module = nn.Linear(width, sizes.latent_dim) if sizes.projected else nn.Identity()
         self.time_embedding = LatentTimeEmbedding(width, sizes.time_dim, guidance_dim)
         self.emb_proj = nn.Sequential(nn.ReLU() if sizes.text_relu else nn.Identity(), nn.Linear(sizes.text_dim, width))
-        self.query_pos = PositionTable(sizes.positions, width)
+        self.query_pos = PositionTable(sizes)
         self.encoder = sizes.stack()
 
     def forward(self, x_BNd: Tensor, t_B: Tensor, text_BC: Tensor, guidance_BG: Tensor | None = None) -> Tensor:

@@ -237,6 +237,7 @@ def _sizes_of(
             "text_relu": settings.get("text_relu", usual["text_relu"]),
             "time_dim": network["time_embedding.linear_1.weight"].shape[1],
             "positions": network["query_pos.pe"].shape[0],
+            "smooth_positions": False,
         }
     except KeyError as error:
         raise CheckpointError(

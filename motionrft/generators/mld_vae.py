@@ -27,8 +27,8 @@ class MotionVAE(nn.Module):
         self.global_motion_token = nn.Parameter(torch.randn(2 * sizes.latent_tokens, width))
         self.latent_pre: nn.Module = nn.Linear(width, latent) if sizes.projected else nn.Identity()
         self.latent_post: nn.Module = nn.Linear(latent, width) if sizes.projected else nn.Identity()
-        self.query_pos_encoder = PositionTable(sizes.positions, width)
-        self.query_pos_decoder = PositionTable(sizes.positions, width)
+        self.query_pos_encoder = PositionTable(sizes)
+        self.query_pos_decoder = PositionTable(sizes)
         self.encoder, self.decoder = sizes.stack(), sizes.stack(cross=True)
         self.skel_embedding, self.final_layer = nn.Linear(features, width), nn.Linear(width, features)
 

@@ -183,7 +183,8 @@ class MotionLCMGenerator(LatentGenerator):
     @staticmethod
     def _identity(generator: LatentGenerator) -> dict[str, Any]:
         """Return what teacher and student must share: sizes, data statistics, text features, schedule."""
-        sizes = {name: value for name, value in _sizes(generator.config).items() if name != "dropout"}
+        only_training = ("dropout", "smooth_positions")
+        sizes = {name: value for name, value in _sizes(generator.config).items() if name not in only_training}
         spec = generator.spec
         return {
             **sizes,

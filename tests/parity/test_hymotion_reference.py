@@ -54,6 +54,7 @@ class Case:
             joint_positions=variant == "d201",
             train_frames=sizes["train_frames"],
             band_frames=round(30 * net["narrowband_length"]),
+            output="velocity",
         )
         spec = GeneratorSpec("hymotion", KIND, 30.0, 32, "none", "velocity", 1000, sizes["cfg"])
         statistics = Normalizer(torch.zeros(135), torch.ones(135), KIND)

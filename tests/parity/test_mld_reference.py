@@ -192,6 +192,19 @@ def test_schedule_agrees(file: str) -> None:
         assert spaced_timesteps(1000, steps, "leading").tolist() == recorded(f"sched/ddim_timesteps_{steps}").tolist()
 
 
+def test_the_original_files_extra_table_is_recognised_and_left_out() -> None:
+    recorded = Recorded(FILES["mld"])
+    tensors = {**recorded.weights("sd/"), **recorded.weights("original_only/")}
+    found = FORMATS["mld"].read({"weights": {"state_dict": tensors}}, {})
+    generator = recorded.generator()
+    assert found.variant == "mld original" and found.model == replace(
+        generator.config, dropout=0.1, spare_positions=True
+    )
+    assert found.dropped == ("denoiser.mem_pos.pe",)
+    own = generator.network.state_dict()
+    assert set(own) == set(found.network) and all(torch.equal(t, own[n]) for n, t in found.network.items())
+
+
 @pytest.mark.parametrize(
     ("name", "config", "millions"),
     [

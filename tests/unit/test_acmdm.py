@@ -410,3 +410,29 @@ def test_a_variational_encoder_gives_its_mean_as_latent() -> None:
     both = generator.space.autoencoder.encoder(x.permute(0, 3, 1, 2))
     assert both.shape[1] == 8
     torch.testing.assert_close(generator.space.autoencoder.encode(x).permute(0, 3, 1, 2), both[:, :4])
+
+
+def test_a_clean_output_becomes_the_velocity_towards_it() -> None:
+    """x + (1 - t) v is what the last layer gives, and a network that gives the clean state has no loss."""
+    plain, clean = make(RAW), make(replace(RAW, output="clean", frame_weight=2.0))
+    batch = make_batch()
+    x = torch.randn(5, 16, 22, 3, generator=torch.Generator().manual_seed(4))
+    text, keep = batch.prompt, torch.ones(5, dtype=torch.bool)
+    t_B = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.9])
+    raw = plain.call(plain.network, x, t_B, text, keep, batch.lengths_B)
+    velocity = clean.call(clean.network, x, t_B, text, keep, batch.lengths_B)
+    torch.testing.assert_close(x + (1 - t_B)[:, None, None, None] * velocity, raw, rtol=1e-4, atol=1e-4)
+
+    x1 = clean.encode(batch.motions[JOINT], batch.lengths_B)
+
+    def perfect(x_t: Tensor, t_B: Tensor, *_: object) -> Tensor:
+        return (x1 - x_t) / (1 - t_B)[:, None, None, None]
+
+    loss_B, metrics = clean.pretrain_loss(perfect, batch, 0, 0)
+    assert float(loss_B.max()) < 1e-8 and set(metrics) == {"loss/clean", "loss/change"}
+    off, _ = clean.pretrain_loss(
+        lambda x_t, t_B, *_: perfect(x_t, t_B) + 1.0 / (1 - t_B)[:, None, None, None], batch, 0, 0
+    )
+    torch.testing.assert_close(off, torch.ones(5), rtol=1e-4, atol=1e-4)  # constant: no frame difference
+    with pytest.raises(ConfigError, match=r"output.*frame_weight"):
+        replace(RAW, output="noise", frame_weight=-1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -134,3 +135,10 @@ def test_broken_motion_is_not_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write"):
         write_bvh(tmp_path / "file" / "a.bvh", poses(), Representation.ROTATION, 20.0)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_makes_the_same_motion(model: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler: torch.compile needs one on CPU")
+    torch.testing.assert_close(made(model, PROMPTS[:4], compiled=True), made(model, PROMPTS[:4]), rtol=1e-4, atol=1e-4)

@@ -13,6 +13,7 @@ from motionrft.core.errors import CheckpointError, ConfigError
 from motionrft.core.memory import SavedTensorMeter
 from motionrft.core.protocols import MotionGenerator
 from motionrft.core.types import Condition, valid_mask
+from motionrft.diffusion.denoise import SAMPLE, denoise
 from motionrft.generators.hymotion import FULL, LITE, HYMotion, HYMotionConfig, HYMotionGenerator
 from motionrft.generators.hymotion_blocks import rotary_table, rotate
 from motionrft.generators.registry import (
@@ -30,7 +31,18 @@ from motionrft.representations.normalize import Normalizer
 from motionrft.representations.rotation import matrices_to_rotation, rotation_to_matrices
 from motionrft.representations.rotations import yaw_matrix
 from motionrft.training.precision import cast_floats
-from tests.hymotion_fixtures import KIND, POOLED, RELEASED, SMALL, TOKENS, make, make_batch, make_text, statistics
+from tests.hymotion_fixtures import (
+    CLEAN,
+    KIND,
+    POOLED,
+    RELEASED,
+    SMALL,
+    TOKENS,
+    make,
+    make_batch,
+    make_text,
+    statistics,
+)
 
 LENGTHS = torch.tensor([16, 11, 7, 2, 1])
 
@@ -60,9 +72,10 @@ def rows_equal(got: Tensor, want: Tensor, lengths: Tensor = LENGTHS, limit: floa
 # --------------------------------------------------------------------------------------- masks, positions, padding
 
 
+@pytest.mark.parametrize("config", [SMALL, CLEAN], ids=["velocity", "clean"])
 @torch.no_grad()
-def test_what_lies_in_padding_changes_nothing_at_all() -> None:
-    generator, x = make(), state()
+def test_what_lies_in_padding_changes_nothing_at_all(config: HYMotionConfig) -> None:
+    generator, x = make(config), state()
     noisy, text = x.clone(), make_text(5)
     noisy[~valid_mask(LENGTHS, 16)] = 1e3
     loud = Condition(torch.where(text.mask_BL[..., None], text.tokens_BLD, 1e3), text.mask_BL, text.pooled_BD)
@@ -290,7 +303,7 @@ def test_decode_inverts_encode_and_constant_features_are_their_mean() -> None:
 # --------------------------------------------------------------------------------------------- sampling, guidance
 
 
-@pytest.mark.parametrize("config", [SMALL, RELEASED], ids=["small", "released"])
+@pytest.mark.parametrize("config", [SMALL, CLEAN, RELEASED], ids=["small", "clean", "released"])
 def test_sampling_does_not_depend_on_batch_split_order_or_padding(config: HYMotionConfig) -> None:
     generator, batch = make(config), make_batch()
     text, lengths, keys = batch.text, batch.lengths_B, batch.keys_B
@@ -347,8 +360,9 @@ def test_the_network_runs_in_bfloat16_and_under_autocast_near_its_single_precisi
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def test_a_perfect_velocity_has_no_loss_and_constant_features_none_either() -> None:
-    generator, batch, given = make(), make_batch(), []
+@pytest.mark.parametrize("config", [SMALL, CLEAN], ids=["velocity", "clean"])
+def test_a_perfect_velocity_has_no_loss_and_constant_features_none_either(config: HYMotionConfig) -> None:
+    generator, batch, given = make(config), make_batch(), []
     x1 = generator.encode(batch.motions[KIND], batch.lengths_B)
     varying = generator.frozen.learned_D
 
@@ -359,9 +373,38 @@ def test_a_perfect_velocity_has_no_loss_and_constant_features_none_either() -> N
 
     loss, _ = generator.pretrain_loss(perfect, batch, 0, 0)
     assert float(loss.max()) < 1e-6 and ((given[0] >= 0) & (given[0] < 1)).all() and len(given[0].unique()) == 5
+    # Off by one in feature 70: a velocity by one, the clean motion that follows from it by 1 - t.
     off, metrics = generator.pretrain_loss(lambda *a: perfect(*a) + torch.eye(135)[70], batch, 0, 0)
-    torch.testing.assert_close(off, torch.full((5,), 1 / 134), rtol=1e-3, atol=0)
-    torch.testing.assert_close(metrics["loss/velocity"], off.mean())
+    share = torch.ones(5) if config is SMALL else (1 - given[0]).square().float()
+    torch.testing.assert_close(off, share / 134, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(metrics[f"loss/{config.output}"], off.mean())
+    assert float(metrics["loss/change"]) < 1e-6
+
+    def trembling(x: Tensor, *rest: Tensor) -> Tensor:
+        return perfect(x, *rest) + torch.eye(135)[70] * (torch.arange(x.shape[1]) % 2)[:, None]
+
+    shaken, metrics = generator.pretrain_loss(trembling, batch, 0, 0)
+    want = metrics[f"loss/{config.output}"] + config.frame_weight * metrics["loss/change"]
+    torch.testing.assert_close(shaken.mean(), want)
+    assert float(metrics["loss/change"]) > 1e-4
+
+
+@torch.no_grad()
+def test_a_clean_output_is_the_one_step_estimate_and_where_sampling_ends() -> None:
+    generator, batch, seen = make(CLEAN), make_batch(), []
+    generator.network.final_layer.register_forward_hook(lambda _, __, output: seen.append(output))
+    generator.guidance = 1.0
+    steps = list(
+        denoise(
+            generator.solver(50),
+            [SAMPLE] * 50,
+            lambda x, t: generator.predict(generator.network, x, t, batch.text, LENGTHS),
+            state(),
+        )
+    )
+    for i in (0, 25, 49):
+        torch.testing.assert_close(steps[i].x0_hat, seen[i], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(steps[49].x_prev, seen[49], rtol=1e-4, atol=1e-4)
 
 
 def test_an_untrained_model_starts_at_zero_velocity_with_the_loss_of_unit_variances() -> None:
@@ -373,7 +416,7 @@ def test_an_untrained_model_starts_at_zero_velocity_with_the_loss_of_unit_varian
 
 
 def test_pretraining_loss_of_a_clip_does_not_depend_on_batch_or_padding() -> None:
-    generator, batch = make(), make_batch()
+    generator, batch = make(CLEAN), make_batch()
     whole, _ = generator.pretrain_loss(generator.network, batch, step=4, seed=2)
     parts = [generator.pretrain_loss(generator.network, batch.slice(i, i + 1), step=4, seed=2)[0] for i in range(5)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
@@ -421,7 +464,7 @@ def test_training_lowers_the_loss_from_closed_gates() -> None:
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-@pytest.mark.parametrize("config", [SMALL, replace(RELEASED, native_fps=20.0)], ids=["small", "released"])
+@pytest.mark.parametrize("config", [SMALL, CLEAN, replace(RELEASED, native_fps=20.0)], ids=str)
 def test_every_tensor_gets_a_gradient_once_the_gates_are_open(config: HYMotionConfig) -> None:
     generator = make(replace(config, text_dropout=0.7))
     generator.pretrain_loss(generator.network, make_batch(), 1, 0)[0].sum().backward()

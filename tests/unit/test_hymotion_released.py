@@ -145,8 +145,9 @@ def test_wrong_tensors_are_listed_together(contents: dict[str, Any], tmp_path: P
 
 
 def test_models_that_the_format_cannot_express_are_not_exported() -> None:
-    with pytest.raises(ConfigError, match="twice as many"):
-        FORMAT.write(make(replace(TINY, single_blocks=1), max_frames=24))
+    for change in ({"single_blocks": 1}, {"output": "clean"}):
+        with pytest.raises(ConfigError, match="output velocity, and twice as many"):
+            FORMAT.write(make(replace(TINY, **change), max_frames=24))
 
 
 def test_a_small_model_of_135_features_is_exported_with_its_own_frames() -> None:

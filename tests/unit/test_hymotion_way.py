@@ -26,11 +26,11 @@ from motionrft.training.recipes.generator import GenerateJob, PretrainJob, Pretr
 from motionrft.training.recipes.generator_files import load_generator
 from motionrft.training.runtime_local import LocalRuntime
 from motionrft.training.single import SingleEngine
-from tests.hymotion_fixtures import KIND, RELEASED, SMALL, make, make_batch
+from tests.hymotion_fixtures import CLEAN, KIND, RELEASED, SMALL, make, make_batch
 from tests.prepare_fixtures import make_dataset
 
 RUNTIME = LocalRuntime()
-TINY = replace(SMALL, width=32, train_frames=40, band_frames=10, zero_final=True)
+TINY = replace(CLEAN, width=32, frame_weight=1.0, train_frames=40, band_frames=10, zero_final=True)
 
 
 class Toy:
@@ -87,7 +87,7 @@ def rollout(engine: SingleEngine, generator: HYMotionGenerator, batch: MotionBat
     )
 
 
-@pytest.mark.parametrize("config", [SMALL, RELEASED, replace(SMALL, checkpoint_blocks=True)], ids=str)
+@pytest.mark.parametrize("config", [SMALL, CLEAN, RELEASED, replace(SMALL, checkpoint_blocks=True)], ids=str)
 def test_fine_tuning_reaches_every_tensor_of_the_network(config: HYMotionConfig) -> None:
     generator = make(config)
     engine = Watched(generator.network, OptimConfig(lr=1e-4, schedule="constant"))

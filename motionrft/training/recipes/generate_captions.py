@@ -58,6 +58,8 @@ class GenerateRequest:
     """Motions per network call, at most a shard."""
     device: str = "cpu"
     """Where workers compute."""
+    compiled: bool = False
+    """Compile the network first (`torch.compile`): pays off for many motions of few different lengths."""
 
 
 def read_prompts(path: Path, seconds: float, samples: int = 1) -> list[Prompt]:
@@ -137,6 +139,11 @@ def _loaded(request: GenerateRequest) -> tuple[Generator, TextEncoder]:
                 "Give --text-encoder.",
             )
         )
+    move = getattr(encoder, "to", None)  # the stub has nothing to move
+    if move is not None:
+        move(request.device)
+    if request.compiled:
+        generator.network.compile()
     if request.guidance is not None:
         generator.guidance = request.guidance
     return generator, encoder

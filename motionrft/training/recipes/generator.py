@@ -154,12 +154,18 @@ def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
         """Write the model (the average, where there is one) to PLACE. Collective."""
         weights = whole_parameters(engine, ema)
         if job.recipe.stage == "autoencoder":
-            # Its weights are a frozen part of the generator that is trained next: measure on what is written.
+            # Its weights are a frozen part of the generator that is trained next: measure on what is written, and let
+            # training go on where it was.
+            own = {name: p.detach().clone() for name, p in training.network.named_parameters()}
             put_parameters(training.network, weights)
             generator.finish("autoencoder", [batches(step) for step in range(min(_FINISH_BATCHES, base_steps))])
+            fixed = Fixed.of(generator)
+            put_parameters(training.network, own)
             weights = {name: p.detach().float().cpu() for name, p in generator.network.named_parameters()}
+        else:
+            fixed = Fixed.of(generator)
         if runtime.rank == 0:
-            save_weights(place, weights, card, Fixed.of(generator), done, engine.steps)
+            save_weights(place, weights, card, fixed, done, engine.steps)
 
     def on_step(engine: Engine, ema: Ema | None, done: int) -> Mapping[str, float] | None:
         if training.after_step is not None:
