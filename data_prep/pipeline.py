@@ -27,8 +27,18 @@ from data_prep.stats import TrainStatistics, save_statistics
 from data_prep.writer import SplitWriter
 from motionrft.config.prepare import PrepareConfig
 from motionrft.core.errors import DataError, explain
-from motionrft.data.manifest import MANIFEST, UNFINISHED, Manifest, SplitCounts, file_entry
+from motionrft.data.manifest import (
+    MANIFEST,
+    UNFINISHED,
+    AddedText,
+    Dataset,
+    Manifest,
+    SplitCounts,
+    file_entry,
+    text_file,
+)
 from motionrft.data.schema import CLIP_SCHEMA, SCHEMA_VERSION, SPLITS
+from motionrft.data.tables import TextTable
 
 _LOG = logging.getLogger(__name__)
 _CHOSEN = ("TOO_SHORT", "TOO_LONG", "NO_ROTATIONS")  # left out by the config, not broken
@@ -95,7 +105,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None, source: Sou
     _check(intake, len(ids), config, root)
     normalizers = intake.statistics.normalizers({"source": source.name, "variant": config.variant, "fps": config.fps})
     save_statistics(root, normalizers)
-    text_rows = _write_text(root, intake.captions, encoder, config, tell)
+    text_rows = _write_text(root, intake.captions, encoder, config.text_cache, config.workers, tell)
     text_done = time.monotonic()
 
     files = {path.relative_to(root).as_posix(): file_entry(path, rows) for path, rows in intake.files().items()}
@@ -231,20 +241,50 @@ def _check(intake: _Intake, num_ids: int, config: PrepareConfig, root: Path) -> 
         )
 
 
+def add_text(root: Path, name: str, cache: str = "", workers: int = 0, progress: Progress | None = None) -> AddedText:
+    """Encode a finished dataset's captions with a further encoder and keep the features beside its own.
+
+    A generator reads the features its weights were trained with, the reward those of the dataset.
+
+    Args:
+        root: dataset folder.
+        name: of the encoder, as `nn.text.load_text_encoder` takes it.
+        cache: folder of features shared by datasets; "" = none.
+        workers: Ray actors; 0 = this process.
+        progress: told about finished work.
+
+    Raises:
+        DataError: no dataset, or these features are there already.
+    """
+    if workers:
+        require_ray()
+    dataset = Dataset.open(root)
+    encoder = CaptionEncoder(name)
+    mark = encoder.card.fingerprint
+    if mark == dataset.manifest.text_encoder or mark in dataset.added_texts():
+        raise DataError(explain("an encoder the dataset does not have", f"{name} ({mark[:12]})", str(root), "Use it."))
+    captions = set(TextTable.open(dataset).captions)
+    rows = _write_text(root, captions, encoder, cache, workers, progress or (lambda stage, done, total: None))
+    file, count = next(iter(rows.items()))
+    added = AddedText(name, mark, file_entry(root / file, count))
+    added.write(root)
+    return added
+
+
 def _write_text(
-    root: Path, captions: set[str], encoder: CaptionEncoder, config: PrepareConfig, tell: Progress
+    root: Path, captions: set[str], encoder: CaptionEncoder, folder: str, workers: int, tell: Progress
 ) -> dict[str, int]:
-    """Encode what the cache does not have; write all; return relative path -> rows."""
+    """Encode what the cache in `folder` does not have; write all; return relative path -> rows."""
     wanted = [c for batch in caption_batches(captions) for c in batch]
-    cache = TextCache(config.text_cache, encoder.card.fingerprint)
+    cache = TextCache(folder, encoder.card.fingerprint)
     missing = cache.missing(wanted)
     batches = [missing[i : i + BATCH] for i in range(0, len(missing), BATCH)]
     tables = []
-    for table in text_tables(batches, encoder, config.workers):
+    for table in text_tables(batches, encoder, workers):
         tables.append(table)
         tell("captions", sum(map(len, tables)), len(missing))
     cache.add(tables)
-    name = f"text/{encoder.card.fingerprint}/part-00000.parquet"
+    name = text_file(encoder.card.fingerprint)
     write_text(root / name, cache.take(wanted))
     _LOG.info("%d captions, %d of them encoded now", len(wanted), len(missing))
     return {name: len(wanted)}

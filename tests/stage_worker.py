@@ -1,6 +1,7 @@
 """One process of a layout comparison: `python -m tests.stage_worker JOBS.json`, with RANK and WORLD_SIZE set.
 
-Runs whole training stages, as a Ray Train worker would: DeepSpeed ZeRO-1 in a gloo group, or one plain process.
+Runs whole training stages, as a Ray Train worker would: DeepSpeed in a gloo group (ZeRO-1, or the stage that a job
+names), or one plain process.
 """
 
 from __future__ import annotations
@@ -17,12 +18,24 @@ def make_runtime():
     if int(os.environ["WORLD_SIZE"]) == 1:
         return LocalRuntime()
     from motionrft.config.hardware import ZeroConfig
+    from motionrft.runtime import deepspeed_engine
     from motionrft.runtime.collective import TorchCollective
-    from motionrft.runtime.deepspeed_engine import DeepSpeedEngine
+
+    settings = deepspeed_engine.deepspeed_config
+
+    def shard_everything(*args):
+        """Keep no small parameter whole under stage 3: at the size of tests it would shard none."""
+        config = settings(*args)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config
+
+    deepspeed_engine.deepspeed_config = shard_everything
 
     class GlooRuntime(TorchCollective):
+        zero = 1
+
         def build_engine(self, module, optim):
-            return DeepSpeedEngine(module, optim, ZeroConfig(stage=1))
+            return deepspeed_engine.DeepSpeedEngine(module, optim, ZeroConfig(stage=self.zero))
 
         def report(self, metrics, checkpoint_dir=None):
             self.barrier()
@@ -37,6 +50,7 @@ if __name__ == "__main__":
         module, _, name = job["fn"].partition(":")
         folder = Path(job["folder"])
         folder.mkdir(parents=True, exist_ok=True)
+        runtime.zero = job.get("zero", 1)
         getattr(importlib.import_module(module), name)(runtime, job["config"], folder, {})
         runtime.barrier()
     end()

@@ -13,6 +13,8 @@ BENCHMARKS = {
     "convert": "motionrft.evaluation.benchmarks.convert",
     "reward-train": "motionrft.evaluation.benchmarks.reward_train",
     "reward-score": "motionrft.evaluation.benchmarks.reward_score",
+    "generate": "motionrft.evaluation.benchmarks.generate",
+    "respace": "motionrft.evaluation.benchmarks.respace",
     "ingest": "motionrft.cli.bench_ingest",
 }
 

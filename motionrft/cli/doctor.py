@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{package:<20}{state}")
     print("text encoders       minilm (above), or prepare.text_encoder=FOLDER; released rewards read Sentence-T5:")
     print("                    hf download sentence-transformers/sentence-t5-large --local-dir FOLDER")
+    print("                    clip:FOLDER and others for released generators: motionrft generate --help")
     if "torch" not in missing:
         import torch
 

@@ -93,7 +93,7 @@ class Launcher:
             return run_on_ray(stages, hardware=self.hardware, run_dir=run_dir, datasets=datasets, resume=resume)
 
     def executor(self) -> Executor:
-        """Return what maps shards: Ray tasks inside a session, or this process."""
+        """Return what maps shards: a pool of Ray actors, started inside a session and kept, or this process."""
         if not self.distributed:
             return LocalExecutor()
         from motionrft.runtime.executor import RayExecutor

@@ -7,7 +7,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.pipeline import prepare
+from data_prep.pipeline import add_text, prepare
 from motionrft.cli.common import start
 from motionrft.cli.console import progress_line
 from motionrft.cli.main import add_run_arguments
@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("--source", choices=("synthetic", "bvh", "humanml3d"), help="kind of source")
     parser.add_argument("--path", help="folder or archive of the source")
     parser.add_argument("--out", required=True, help="dataset folder to write")
+    parser.add_argument(
+        "--add-text", default="", metavar="ENCODER", help="encode the captions of the finished dataset OUT once more"
+    )
     add_run_arguments(parser, "runs/prepare")
 
 
@@ -35,6 +38,12 @@ def run(options: argparse.Namespace) -> int:
     options.fields = [*(f"prepare.{name}={value}" for name, value in given.items() if value), *options.fields]
     options.run_dir = Path(options.out).parent / f".{Path(options.out).name}.prepare"
     config, launcher = start(options)
+    if options.add_text:
+        with launcher.session(), progress_line("prepare") as tell:
+            root, cache = Path(config.prepare.out), config.prepare.text_cache
+            added = add_text(root, options.add_text, cache, launcher.prepare_workers, tell)
+        print(f"{added.file.rows} captions by {added.name} (fingerprint {added.fingerprint}) added to {root}")
+        return 0
     with launcher.session(), progress_line("prepare") as tell:
         report = prepare(replace(config.prepare, workers=launcher.prepare_workers), tell)
     print(report.summary)

@@ -16,7 +16,7 @@ from motionrft.data.manifest import Dataset
 from motionrft.data.normalizers import load_normalizers, read_array_normalizers
 from motionrft.generators.registry import FAMILIES, FORMATS
 from motionrft.generators.released import ReleasedFormat
-from motionrft.nn.text import load_text_encoder
+from motionrft.nn.text import TEXT_ENCODER_HELP, load_text_encoder
 from motionrft.representations.normalize import Normalizer
 from motionrft.reward.released import PUBLISHED
 from motionrft.training.recipes.released_generator import GeneratorImport, export_generator, import_generator
@@ -28,7 +28,6 @@ from motionrft.training.recipes.released_reward import (
     import_motionreward,
 )
 
-TEXT_ENCODER_HELP = "encoder the weights were trained with, e.g. clip:FOLDER or a sentence-transformer folder"
 SENTENCE_T5, SENTENCE_T5_DIM = "sentence-t5-large", 1024
 """The encoder the released weights were trained with. Without its folder it is recorded by name, not by fingerprint."""
 

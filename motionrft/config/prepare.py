@@ -39,7 +39,7 @@ class PrepareConfig:
     repair_frames: int = 0  # interpolate up to this many consecutive broken frames (at most 3); 0 = reject
     val_frac: float = 0.1  # bvh: share of clips by hash, where the mapping names no split
     test_frac: float = 0.1
-    text_encoder: str = "minilm"  # minilm | stub | folder or hub name of a sentence transformer (MiniLM, Sentence-T5)
+    text_encoder: str = "minilm"  # minilm | stub | FOLDER | KIND:FOLDER | hymotion:...: `nn.text.load_text_encoder`
     text_cache: str = ""  # folder for text features shared by datasets; "" = none
     max_reject_frac: float = 0.05  # above this share of unusable clips the preparation fails
     clips_per_shard: int = 1024
@@ -101,4 +101,6 @@ class PrepareConfig:
     def options(self) -> dict[str, Any]:
         """Return the choices that shape the output, for the manifest: no place, no worker count."""
         chosen = {k: v for k, v in asdict(self).items() if k not in _LAYOUT_FIELDS}
-        return chosen | {"text_encoder": PurePath(self.text_encoder).name}  # which one it is says its fingerprint
+        kind, colon, places = self.text_encoder.rpartition(":")
+        names = ",".join(PurePath(place).name for place in places.split(","))
+        return chosen | {"text_encoder": kind + colon + names}  # which one it is says its fingerprint

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -62,7 +63,7 @@ def from_plain(kind: type[Config], data: Mapping[str, Any], where: str = "") -> 
     prepare_parsing()
     try:
         parser = _parser(kind)  # type: ignore[arg-type]
-        namespace = parser.parse_object({"config": dict(data)})
+        namespace = parser.parse_object({"config": _completed(kind, data)})
         return parser.instantiate(namespace).config  # type: ignore[no-any-return]
     except MotionRFTError as error:
         raise type(error)(place + str(error)) from None
@@ -79,3 +80,39 @@ def _parser(kind: type[Any]) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", type=kind)
     return parser
+
+
+def _completed(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data with the own defaults of every chosen variant filled in.
+
+    The parser would give an absent field the value that the same name has in the variant it replaces.
+    """
+    hints, result = get_type_hints(kind), dict(data)
+    for name, value in data.items():
+        hint = hints.get(name)
+        if hint in _VARIANT_BASES:
+            result[name] = _with_defaults(hint, value)
+        elif is_dataclass(hint) and isinstance(value, Mapping):
+            result[name] = _completed(hint, value)
+    return result
+
+
+def _with_defaults(base: Any, value: Any) -> Any:
+    choice: Any = {"class_path": value} if isinstance(value, str) else value
+    if not isinstance(choice, Mapping) or not isinstance(choice.get("class_path"), str):
+        return value
+    module, _, name = choice["class_path"].rpartition(".")
+    try:
+        variant = getattr(import_module(module), name) if module else _subclasses(base)[name]
+    except (ImportError, AttributeError, KeyError):
+        return value  # the parser says what is wrong with it
+    if not is_dataclass(variant):
+        return value
+    own = {f.name: f.default for f in fields(variant) if f.init and f.default is not MISSING}
+    own |= {f.name: f.default_factory() for f in fields(variant) if f.init and f.default_factory is not MISSING}
+    return {**choice, "init_args": {**{k: to_plain(v) for k, v in own.items()}, **(choice.get("init_args") or {})}}
+
+
+def _subclasses(base: type[Any]) -> dict[str, type[Any]]:
+    found = {kind.__name__: kind for kind in base.__subclasses__()}
+    return {n: k for kind in found.values() for n, k in _subclasses(kind).items()} | found

@@ -20,10 +20,10 @@ Out = TypeVar("Out")
 class SolverTable:
     """One sampler as affine maps, one row per denoising step i (0 = noisiest), float64.
 
-    x_prev = a*x + b*out + c*noise and x0_hat = p*x + q*out. Rewards can ask `noise_level`.
+    x_prev = a*x + b*out + c*noise and x0_hat = p*x + q*out. Rewards can ask `noise_level` of a state times `scale`.
     """
 
-    model_time: Tensor  # (S,) what the network receives as t
+    model_time: Tensor  # (S, ...) row i is what `predict` receives as t; (S,) unless a family needs more than a time
     a: Tensor
     b: Tensor
     c: Tensor
@@ -32,6 +32,9 @@ class SolverTable:
     noise_level: (
         Tensor  # (S + 1,) of the state before step i, sqrt(1 - alpha_bar); the last entry: after the final step
     )
+    scale: Tensor | None = None
+    """(S + 1,) factor by which a state becomes sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps. None = it is that already.
+    """
 
     def __len__(self) -> int:
         return self.a.shape[0]
@@ -49,6 +52,7 @@ class GeneratorSpec:
     prediction: str  # "x0" | "eps" | "velocity"
     train_steps: int
     guidance_scale: float
+    sampling_steps: int = 50  # denoising steps it is meant to be sampled with
 
 
 @runtime_checkable

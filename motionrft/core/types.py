@@ -130,7 +130,8 @@ class StepOutput:
     x0_hat: Tensor  # one-step clean estimate (Eq. 19)
     scored: str  # "none" | "x0_hat" | "x_prev"
     update: bool  # the caller takes an optimiser step after this output
-    noise_level: float  # of the scored tensor: 0 clean .. 1 pure noise
+    noise_level: float  # of the scored tensor times `scale`, sqrt(1 - alpha_bar): 0 clean .. 1 pure noise
+    scale: float = 1.0  # makes the scored tensor variance-preserving, sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from motionrft.data.schema import SCHEMA_VERSION, SPLITS
 
 MANIFEST = "manifest.json"
 UNFINISHED = "_UNFINISHED"
+_ADDED = "encoder.json"
 _SMALL_BYTES = 1 << 20  # files up to this size are always hashed; larger ones on request, rows carry checksums
 
 
@@ -114,6 +115,27 @@ class Manifest:
 
 
 @dataclass(frozen=True)
+class AddedText:
+    """Features of the captions by an encoder that was added to a finished dataset."""
+
+    name: str
+    fingerprint: str
+    file: FileEntry
+
+    def write(self, root: Path) -> None:
+        """Write the entry beside its file, atomically: from then on it counts."""
+        place = (root / text_file(self.fingerprint)).with_name(_ADDED)
+        partial = place.with_name(f".{_ADDED}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+        partial.replace(place)
+
+
+def text_file(fingerprint: str) -> str:
+    """Return where the features of an encoder lie, relative to a dataset folder."""
+    return f"text/{fingerprint}/part-00000.parquet"
+
+
+@dataclass(frozen=True)
 class Dataset:
     """An opened dataset folder."""
 
@@ -204,6 +226,56 @@ class Dataset:
         """Return the Parquet files of text features, in order."""
         prefix = f"text/{self.manifest.text_encoder}/"
         return [self.root / name for name in sorted(self.manifest.files) if name.startswith(prefix)]
+
+    def added_texts(self) -> dict[str, AddedText]:
+        """Return fingerprint -> features of further encoders, which `motionrft prepare --add-text` wrote.
+
+        They are not part of the manifest: a dataset is the same one with and without them.
+
+        Raises:
+            DataError: a damaged entry.
+        """
+        found = {}
+        for place in sorted((self.root / "text").glob(f"*/{_ADDED}")):
+            try:
+                data = json.loads(place.read_text())
+                entry = AddedText(data["name"], data["fingerprint"], FileEntry(**data["file"]))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    explain("features of an added encoder", repr(error), str(place), "Remove its folder; add it again.")
+                ) from error
+            found[entry.fingerprint] = entry
+        return found
+
+    def added_text_file(self, fingerprint: str) -> Path:
+        """Return the checked Parquet file of an added encoder.
+
+        Raises:
+            DataError: no such encoder was added, or its file changed.
+        """
+        added = self.added_texts()
+        if fingerprint not in added:
+            known = [f"{entry.name} ({entry.fingerprint[:12]})" for entry in added.values()]
+            own = f"{self.manifest.text_encoder_name} ({self.manifest.text_encoder[:12]})"
+            add = "Add them: `motionrft prepare --add-text ENCODER --out DATASET`."
+            if len(fingerprint) != 64:  # a released generator, imported without its encoder at hand
+                add = (
+                    "The generator only names its encoder: import it again with --text-encoder. Then add its features."
+                )
+            raise DataError(
+                explain(
+                    f"text features of encoder {fingerprint[:40]}",
+                    f"those of {', '.join([own, *known])}",
+                    str(self.root),
+                    add,
+                )
+            )
+        entry, path = added[fingerprint].file, self.root / text_file(fingerprint)
+        if not path.is_file() or path.stat().st_size != entry.bytes or sha256_of(path) != entry.sha256:
+            raise DataError(
+                explain("the file that was written", "another", str(path), "Remove its folder; add it again.")
+            )
+        return path
 
     def stats_file(self, representation: Representation) -> Path:
         """Return the normaliser file of a representation."""

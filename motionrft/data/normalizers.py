@@ -82,7 +82,7 @@ def normalizer_of(
     mean: torch.Tensor, std: torch.Tensor, representation: Representation, provenance: Mapping[str, Any]
 ) -> Normalizer:
     """Return the normaliser of published arrays; those of joints are one value per axis."""
-    if representation is Representation.JOINT and mean.shape == (3,):
+    if representation is Representation.JOINT and (3,) in (tuple(mean.shape), tuple(std.shape)):
         return Normalizer.from_pooled(mean, std, representation, provenance)
     return Normalizer(mean, std, representation, provenance)
 

@@ -205,6 +205,17 @@ class TextTable:
             raise DataError(explain("text features", "none", str(dataset.root), _AGAIN))
         return cls(read_tables(files), dataset.manifest.text_encoder)
 
+    @classmethod
+    def open_for(cls, dataset: Dataset, fingerprint: str) -> TextTable:
+        """Read the features that the encoder with this fingerprint made: the dataset's own, or added ones.
+
+        Raises:
+            DataError: the dataset has none of this encoder.
+        """
+        if fingerprint == dataset.manifest.text_encoder:
+            return cls.open(dataset)
+        return cls(read_tables([dataset.added_text_file(fingerprint)]), fingerprint)
+
     def __len__(self) -> int:
         return len(self.captions)
 

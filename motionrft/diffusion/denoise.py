@@ -83,6 +83,7 @@ def denoise(
         raise ValueError("this sampler adds noise at some step; pass noise")
     a, b, c, p, q = (column.tolist() for column in (table.a, table.b, table.c, table.p, table.q))
     levels = table.noise_level.tolist()
+    scales = [1.0] * len(levels) if table.scale is None else table.scale.tolist()
     gains = tuple(g.tolist() for g in skip_gains) if skip_gains is not None else None
     times = table.model_time.to(x_T.device)
     x = x_T
@@ -100,9 +101,9 @@ def denoise(
             x0_hat = _affine(p[i], base, q[i], out)
         if c[i] != 0 and noise is not None:
             x_prev = x_prev + c[i] * noise(i).to(x_prev.dtype)
-        level = levels[i + 1] if action.score == "x_prev" else 0.0
+        level, scale = (levels[i + 1], scales[i + 1]) if action.score == "x_prev" else (0.0, 1.0)
         # The caller sees x_prev before the cut: the last step's gradient reaches it through `out`.
-        yield StepOutput(i, x_in, x_prev, x0_hat, action.score, action.update, level)
+        yield StepOutput(i, x_in, x_prev, x0_hat, action.score, action.update, level, scale)
         if action.stop:
             return
         x = x_prev.detach() if action.cut_after else x_prev

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Return u + s (c - u). Affine, so guiding eps or x0 at the same state gives the same sample."""
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    """Return u + s (c - u); s broadcasts. Affine, so guiding eps or x0 at the same state gives the same sample."""
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -16,7 +16,7 @@ def double_rows(x: Tensor) -> Tensor:
     return torch.cat([x, x])
 
 
-def guide_doubled(out: Tensor, scale: float) -> Tensor:
+def guide_doubled(out: Tensor, scale: float | Tensor) -> Tensor:
     """Return the guided output (B, ...) of a doubled batch (2B, ...)."""
     conditional, unconditional = out.chunk(2)
     return guide(conditional, unconditional, scale)

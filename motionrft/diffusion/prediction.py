@@ -1,6 +1,7 @@
-"""What a network's output means: x0, eps or v, as affine maps to the clean estimate; and the forward process.
+"""What a network's output means: x0, eps or v, as affine maps to the clean estimate; and the forward processes.
 
-All of them concern variance-preserving diffusion, x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps with ab = alpha_bar.
+They concern variance-preserving diffusion, x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps with ab = alpha_bar; only
+`flow_state` belongs to linear flows, whose networks output the velocity x_0 - eps.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 PREDICTIONS = ("x0", "eps", "v")
+FLOW_OUTPUTS = ("velocity", "clean")
+"""What the last layer of a flow network may give; the velocity follows from a clean estimate."""
+_NEAREST = 1e-3  # a clean estimate is turned into a velocity no nearer to the data: one of 1000 steps
 
 
 def x0_coefficients(alpha_bar: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
@@ -43,3 +47,17 @@ def add_noise(x0_BTD: Tensor, noise_BTD: Tensor, alpha_bar_B: Tensor) -> Tensor:
     """Return sqrt(ab) x0 + sqrt(1 - ab) noise, row by row; the roots are taken in float64."""
     ab = alpha_bar_B.double().reshape(-1, *[1] * (x0_BTD.dim() - 1))
     return ab.sqrt().to(x0_BTD.dtype) * x0_BTD + (1.0 - ab).sqrt().to(x0_BTD.dtype) * noise_BTD
+
+
+def flow_state(x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
+    """Return t x0 + (1 - t) noise, row by row: the state of a linear flow at time t, 0 noise .. 1 data."""
+    t = t_B.to(x0.dtype).reshape(-1, *[1] * (x0.dim() - 1))
+    return t * x0 + (1.0 - t) * noise
+
+
+def flow_remaining(x: Tensor, t_B: Tensor) -> Tensor:
+    """Return the flow time 1 - t from here to the data, kept away from zero, shaped to broadcast against x.
+
+    A network that estimates the clean state has the velocity (x0_hat - x_t) / (1 - t).
+    """
+    return (1 - t_B).clamp(min=_NEAREST).reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)

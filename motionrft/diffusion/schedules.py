@@ -14,8 +14,14 @@ SCHEDULES = ("cosine", "linear", "scaled_linear")
 SPACINGS = ("respaced", "leading", "trailing")
 
 
-def betas(schedule: str, num_steps: int, first: float | None = None, last: float | None = None) -> Tensor:
-    """Return the noise added per training step, (N,) float64.
+def betas(
+    schedule: str,
+    num_steps: int,
+    first: float | None = None,
+    last: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Return the noise added per training step, (N,).
 
     Args:
         schedule: "cosine" (from cos^2 of the share, capped at 0.999), "linear", or "scaled_linear" (square roots are
@@ -23,6 +29,7 @@ def betas(schedule: str, num_steps: int, first: float | None = None, last: float
         num_steps: N >= 1.
         first: beta of step 0; linear 1e-4 (scaled by 1000 / N), scaled_linear 0.00085. Not used by cosine.
         last: beta of step N - 1; linear 0.02 (scaled likewise), scaled_linear 0.012.
+        dtype: what it is computed in; float32 for models that were trained on its rounding.
 
     Raises:
         ValueError: unknown schedule or num_steps < 1.
@@ -32,20 +39,26 @@ def betas(schedule: str, num_steps: int, first: float | None = None, last: float
     if schedule == "cosine":
         share = [math.cos((i / num_steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_steps + 1)]
         steps = [min(1.0 - share[i + 1] / share[i], 0.999) for i in range(num_steps)]
-        return torch.tensor(steps, dtype=torch.float64)
+        return torch.tensor(steps, dtype=dtype)
     if schedule == "linear":
         scale = 1000.0 / num_steps
         first, last = scale * 1e-4 if first is None else first, scale * 0.02 if last is None else last
-        return torch.linspace(first, last, num_steps, dtype=torch.float64)
+        return torch.linspace(first, last, num_steps, dtype=dtype)
     if schedule == "scaled_linear":
         first, last = 0.00085 if first is None else first, 0.012 if last is None else last
-        return torch.linspace(math.sqrt(first), math.sqrt(last), num_steps, dtype=torch.float64).square()
+        return torch.linspace(math.sqrt(first), math.sqrt(last), num_steps, dtype=dtype).square()
     raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
 
 
-def alpha_bars(schedule: str, num_steps: int, first: float | None = None, last: float | None = None) -> Tensor:
-    """Return the cumulative product of 1 - beta, (N,) float64. Arguments as `betas`."""
-    return torch.cumprod(1.0 - betas(schedule, num_steps, first, last), dim=0)
+def alpha_bars(
+    schedule: str,
+    num_steps: int,
+    first: float | None = None,
+    last: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Return the cumulative product of 1 - beta, (N,) float64 whatever it is computed in. Arguments as `betas`."""
+    return torch.cumprod(1.0 - betas(schedule, num_steps, first, last, dtype), dim=0).double()
 
 
 def spaced_timesteps(train_steps: int, num_steps: int, spacing: str = "respaced") -> Tensor:

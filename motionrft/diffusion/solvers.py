@@ -72,21 +72,32 @@ def lcm_table(
     """
     ab, ab_next = _levels(alpha_bar, timesteps, 1.0)
     p, q = x0_coefficients(ab, prediction)
-    scaled = time_scale * timesteps.double()
-    c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
-    c_out = scaled / (scaled**2 + sigma_data**2).sqrt()
+    c_skip, c_out = consistency_coefficients(timesteps, sigma_data, time_scale)
     keep = ab_next.sqrt()  # 1 at the end
     a, b, c = keep * (c_out * p + c_skip), keep * c_out * q, (1 - ab_next).sqrt()
     return SolverTable(timesteps, a, b, c, p, q, _noise_levels(ab, ab_next))
 
 
+def consistency_coefficients(
+    timesteps: Tensor, sigma_data: float = 0.5, time_scale: float = 10.0
+) -> tuple[Tensor, Tensor]:
+    """Return (c_skip, c_out), float64, of D = c_skip x + c_out x0_hat; at time 0 it is x itself. See `lcm_table`."""
+    scaled = time_scale * timesteps.double()
+    return sigma_data**2 / (scaled**2 + sigma_data**2), scaled / (scaled**2 + sigma_data**2).sqrt()
+
+
 def flow_euler_table(num_steps: int) -> SolverTable:
-    """Return Euler steps of a flow whose velocity points from noise (time 0) to data (time 1)."""
+    """Return Euler steps of a flow whose velocity points from noise (time 0) to data (time 1).
+
+    Its state t x0 + (1 - t) eps is sqrt(ab) x0 + sqrt(1 - ab) eps of the same signal-to-noise ratio times the norm
+    n = sqrt(t^2 + (1 - t)^2): noise_level is (1 - t) / n and scale is 1 / n.
+    """
     if num_steps < 1:
         raise ValueError(f"num_steps must be >= 1, got {num_steps}")
     edges = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     time, one = edges[:-1], torch.ones(num_steps, dtype=torch.float64)
-    return SolverTable(time, one, one / num_steps, 0 * one, one, 1 - time, 1 - edges)
+    norm = torch.hypot(edges, 1 - edges)
+    return SolverTable(time, one, one / num_steps, 0 * one, one, 1 - time, (1 - edges) / norm, 1 / norm)
 
 
 def skip_gains(table: SolverTable, prediction: str) -> tuple[Tensor, Tensor]:

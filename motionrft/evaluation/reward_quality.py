@@ -132,6 +132,19 @@ def authenticity(
     return found
 
 
+def length_buckets(lengths_N: ArrayLike, count: int = 3) -> dict[str, IntArray]:
+    """Return "SHORTEST-LONGEST" in frames -> rows, from short to long: quantiles of length, tertiles by default.
+
+    A detector that reads nothing but length is at chance (AUC) in a bucket where both classes have the same lengths,
+    and calls the short bucket one thing and the long one the other (specificity, recall), whatever it reaches overall.
+    Clips of one length share a bucket, so there may be fewer buckets than `count`.
+    """
+    lengths = np.asarray(lengths_N, dtype=np.int64)
+    bucket_N = np.searchsorted(np.quantile(lengths, np.arange(1, count) / count), lengths, side="left")
+    rows = [np.flatnonzero(bucket_N == b) for b in np.unique(bucket_N)]
+    return {f"{lengths[r].min()}-{lengths[r].max()}": r for r in rows}
+
+
 def _confusion(called_N: np.ndarray, true_N: np.ndarray, rows: Sequence[IntArray], names: Sequence[str]) -> Measured:
     def score(name: str) -> Callable[[IntArray], float]:
         return lambda chosen: 100.0 * confusion_scores(called_N[chosen], true_N[chosen])[name]

@@ -206,7 +206,8 @@ class _Rollout:
             )
 
         def score(output: StepOutput) -> tuple[RewardTerms, RewardTerms]:
-            state = output.x0_hat if output.scored == "x0_hat" else output.x_prev
+            # Rewards know noise of variance-preserving diffusion only; a flow's state is brought to it.
+            state = output.x0_hat if output.scored == "x0_hat" else output.scale * output.x_prev
             motion_BTD = generator.decode(state, batch.lengths_B)
             scored = terms(motion_BTD, output.noise_level, (*self.objective.driving, *along)).values
             with torch.no_grad():

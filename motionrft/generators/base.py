@@ -37,8 +37,9 @@ class Training:
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Further state that belongs in the stage's checkpoints (`training.loop.Stateful` by name), e.g. a target network.
     """
-    after_step: Callable[[nn.Module, int], None] | None = None
-    """Called with the bare network and the batches done after every optimiser step, e.g. to move a target network."""
+    after_step: Callable[[Mapping[str, Tensor], int], None] | None = None
+    """Called with the whole trained tensors by name and the batches done after every optimiser step, e.g. to move a
+    target network."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from motionrft.core.errors import ConfigError, explain
 from motionrft.core.protocols import SolverTable
 from motionrft.core.rng import keyed_normal, keyed_uniform
 from motionrft.core.types import Condition, MotionBatch, Representation, valid_mask
+from motionrft.diffusion.prediction import flow_remaining
 from motionrft.diffusion.solvers import flow_euler_table
 from motionrft.generators.base import Build, Generator
-from motionrft.generators.hymotion_network import FULL, LITE, HYMotion, HYMotionConfig, remaining
+from motionrft.generators.hymotion_network import FULL, LITE, HYMotion, HYMotionConfig
 from motionrft.representations.layouts import rotation_to_hymotion
 from motionrft.representations.normalize import Normalizer
 from motionrft.representations.rotation import matrices_to_rotation, rotation_to_matrices
@@ -185,7 +186,7 @@ class HYMotionGenerator(Generator):
         x_t = torch.lerp(noise, x1, t_B.to(x1.dtype)[:, None, None])
         out = super().call(network, x_t, t_B, batch.prompt, keep_B, batch.lengths_B)
         clean = self.config.output == "clean"
-        error = out * remaining(t_B).to(out.dtype) - (x1 - x_t) if clean else out - (x1 - noise)
+        error = out * flow_remaining(out, t_B) - (x1 - x_t) if clean else out - (x1 - noise)
         error = error[..., self.frozen.learned_D]
         mask_BT = valid_mask(batch.lengths_B, x1.shape[1])
         value_B = _mean_over_frames(error.square().mean(-1), mask_BT)

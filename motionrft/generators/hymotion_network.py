@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from motionrft.core.errors import ConfigError
 from motionrft.core.types import Representation, valid_mask
+from motionrft.diffusion.prediction import FLOW_OUTPUTS, flow_remaining
 from motionrft.generators.base import ModelConfig
 from motionrft.generators.hymotion_blocks import (
     DoubleBlock,
@@ -32,8 +33,6 @@ from motionrft.generators.hymotion_blocks import (
 )
 
 FPS_MODES = ("resample", "upstream")
-OUTPUTS = ("velocity", "clean")
-NEAREST = 1e-3  # a clean estimate is turned into a velocity no nearer to the data: one of 1000 steps
 _LORA = r"double_blocks\.\d+\.(motion|text)_(qkv|out_proj|mlp\.fc[12])|.+\.(self_attn_(qkv|proj)|mlp\.fc[12])"
 
 
@@ -110,7 +109,7 @@ class HYMotionConfig(ModelConfig):
             (self.min_frames <= self.train_frames, f"min_frames {self.min_frames} is above train_frames"),
             (self.pooled_gain > 0, f"pooled_gain must be positive, got {self.pooled_gain}"),
             (self.native_fps >= 0, f"native_fps must be >= 0, got {self.native_fps}"),
-            (self.output in OUTPUTS, f"output must be one of {OUTPUTS}, got {self.output!r}"),
+            (self.output in FLOW_OUTPUTS, f"output must be one of {FLOW_OUTPUTS}, got {self.output!r}"),
             (self.frame_weight >= 0, f"frame_weight must be >= 0, got {self.frame_weight}"),
             (self.fps_mode in FPS_MODES, f"fps_mode must be one of {FPS_MODES}, got {self.fps_mode!r}"),
             (0 <= self.text_dropout < 1, f"text_dropout must be in [0, 1), got {self.text_dropout}"),
@@ -152,11 +151,6 @@ FULL = _released(1280, 20, 27)
 """HY-Motion-1.0."""
 LITE = _released(1024, 16, 18)
 """HY-Motion-1.0-Lite."""
-
-
-def remaining(t_B: Tensor) -> Tensor:
-    """Return the flow time 1 - t (B, 1, 1) from here to the data, kept away from zero."""
-    return (1 - t_B).clamp(min=NEAREST)[:, None, None]
 
 
 class HYMotion(nn.Module):
@@ -223,7 +217,7 @@ class HYMotion(nn.Module):
             both = self._run(block, both, condition, mask, table)
         out = self.final_layer(both[:, :frames], condition)
         if self.config.output == "clean":
-            out = (out - x_BTD[:, :frames]) / remaining(t_B).to(x_BTD.dtype)
+            out = (out - x_BTD[:, :frames]) / flow_remaining(out, t_B)
         return pad(out, (0, 0, 0, total - frames))
 
     def _mask(self, frames: int, lengths_B: Tensor, mask_BL: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ class HYMotionFormat(ReleasedFormat):
         if missing:
             raise CheckpointError(explain("features and statistics", f"no {missing}", "latest.ckpt", _CHECK))
         network |= {name: tensors[name] for name in _NULL}
-        frozen = {name: tensors[name] for name in (*_SOURCE, *_STATISTICS)}
+        kept = (*_SOURCE, *_STATISTICS) if len(tensors["mean"]) == FULL.features else _STATISTICS
+        frozen = {name: tensors[name] for name in kept}  # small models have no source features
         config = _settings_of(files.get("config"))
         model = _with_options(_sizes(network, config), options)
         left = _check_settings(config, model)

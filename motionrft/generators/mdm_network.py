@@ -8,16 +8,16 @@ L text tokens. Masks are bool, True = valid.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from motionrft.core.errors import ConfigError
 from motionrft.core.types import Representation, valid_mask
 from motionrft.generators.base import ModelConfig
+from motionrft.nn.packed import PackedStack
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,10 @@ OFFICIAL = MDMConfig(
     mask_frames=False,
     velocity_weight=0.0,
 )
+OFFICIAL_DECODER = replace(OFFICIAL, arch="decoder")
+"""The optional release that cross-attends to one CLIP vector."""
+OFFICIAL_DECODER_TOKENS = replace(OFFICIAL_DECODER, text="tokens", text_dim=768, mask_frames=True)
+"""The released 50-step decoder on DistilBERT tokens."""
 
 
 def interleaved_sinusoid(position_N: Tensor, dim: int) -> Tensor:
@@ -130,8 +134,9 @@ class MDM(nn.Module):
         time_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_timestep = nn.ModuleDict({"time_embed": time_embed})
         self.embed_text = nn.Linear(config.text_dim, width)
-        stack = _Stack(config)
-        if config.arch == "encoder":
+        cross = config.arch == "decoder"
+        stack = PackedStack(width, config.layers, config.heads, config.ff, config.dropout, cross, config.norm_first)
+        if not cross:
             self.seqTransEncoder = stack
         else:
             self.seqTransDecoder = stack
@@ -203,89 +208,3 @@ def _prepend(token_B1E: Tensor, h_BNE: Tensor, mask_BN: Tensor | None) -> tuple[
     """Return the sequence with one more valid position in front."""
     mask = None if mask_BN is None else torch.cat([torch.ones_like(mask_BN[:, :1]), mask_BN], dim=1)
     return torch.cat([token_B1E, h_BNE], dim=1), mask
-
-
-class _Attention(nn.Module):
-    """Multi-head attention with packed projections.
-
-    torch's own module switches to other kernels without gradient; then sampling and training steps would differ in
-    rounding, and a rollout would depend on which of its steps are trained.
-    """
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, query_BNE: Tensor, memory_BME: Tensor | None, mask_BM: Tensor | None) -> Tensor:
-        """Return (B, N, E); without a memory, positions attend to one another."""
-        width = query_BNE.shape[2]
-        if memory_BME is None:
-            q, k, v = linear(query_BNE, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        else:
-            (of_query, of_memory) = self.in_proj_weight.split([width, 2 * width])
-            (query_bias, memory_bias) = self.in_proj_bias.split([width, 2 * width])
-            q = linear(query_BNE, of_query, query_bias)
-            k, v = linear(memory_BME, of_memory, memory_bias).chunk(2, dim=-1)
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        mask = None if mask_BM is None else mask_BM[:, None, None, :]
-        dropout = self.dropout if self.training else 0.0
-        mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
-
-
-class _Block(nn.Module):
-    """Self-attention, cross-attention if there is a memory, MLP; normalised before or after each."""
-
-    def __init__(self, config: MDMConfig) -> None:
-        super().__init__()
-        width, cross = config.latent_dim, config.arch == "decoder"
-        self.norm_first = config.norm_first
-        self.self_attn = _Attention(width, config.heads, config.dropout)
-        if cross:
-            self.multihead_attn = _Attention(width, config.heads, config.dropout)
-        self.linear1, self.linear2 = nn.Linear(width, config.ff), nn.Linear(config.ff, width)
-        self.norms = ("norm1", "norm2", "norm3") if cross else ("norm1", "norm2")
-        for name in self.norms:
-            self.add_module(name, nn.LayerNorm(width))
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self, x_BNE: Tensor, mask_BN: Tensor | None, memory_BLE: Tensor | None, memory_mask_BL: Tensor | None
-    ) -> Tensor:
-        """Return (B, N, E)."""
-        x = x_BNE
-        for name in self.norms:
-            norm = self.get_submodule(name)
-            y = norm(x) if self.norm_first else x
-            if name == "norm1":
-                y = self.self_attn(y, None, mask_BN)
-            elif name == self.norms[-1]:
-                y = self.linear2(self.dropout(gelu(self.linear1(y))))
-            else:
-                y = self.multihead_attn(y, memory_BLE, memory_mask_BL)
-            x = x + self.dropout(y)
-            x = x if self.norm_first else norm(x)
-        return x
-
-
-class _Stack(nn.Module):
-    def __init__(self, config: MDMConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(_Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.latent_dim) if config.norm_first else nn.Identity()
-
-    def forward(
-        self,
-        x_BNE: Tensor,
-        mask_BN: Tensor | None,
-        memory_BLE: Tensor | None = None,
-        memory_mask_BL: Tensor | None = None,
-    ) -> Tensor:
-        for layer in self.layers:
-            x_BNE = layer(x_BNE, mask_BN, memory_BLE, memory_mask_BL)
-        return self.norm(x_BNE)

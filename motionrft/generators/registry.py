@@ -10,21 +10,41 @@ from motionrft.core.errors import CheckpointError, ConfigError, explain
 from motionrft.core.plain import from_plain, to_plain
 from motionrft.core.protocols import GeneratorSpec
 from motionrft.core.types import Condition, Representation
+from motionrft.generators.acmdm import ACMDMConfig, ACMDMGenerator
+from motionrft.generators.acmdm_released import ACMDMReleased
 from motionrft.generators.base import Build, Generator, ModelConfig
 from motionrft.generators.hymotion import HYMotionConfig, HYMotionGenerator
 from motionrft.generators.hymotion_released import HYMotionFormat
 from motionrft.generators.mdm import MDMConfig, MDMGenerator
+from motionrft.generators.mdm_released import MDMReleased
+from motionrft.generators.mld import MLDConfig, MLDGenerator
+from motionrft.generators.mld_released import MLDFormat, MotionLCMFormat
+from motionrft.generators.motiondiffuse import MotionDiffuseConfig, MotionDiffuseGenerator
+from motionrft.generators.motiondiffuse_released import MotionDiffuseReleased
+from motionrft.generators.motionlcm import MotionLCMConfig, MotionLCMGenerator
 from motionrft.generators.released import ReleasedFormat
 from motionrft.representations.normalize import Normalizer
 
 _FAMILIES: list[tuple[type[ModelConfig], Callable[[Build, Any], Generator]]] = [
     (MDMConfig, MDMGenerator),
+    (MLDConfig, MLDGenerator),
+    (MotionLCMConfig, MotionLCMGenerator),
+    (MotionDiffuseConfig, MotionDiffuseGenerator),
+    (ACMDMConfig, ACMDMGenerator),
     (HYMotionConfig, HYMotionGenerator),
 ]
 FAMILIES = {config.family: (config, make) for config, make in _FAMILIES}
 """Family -> its configuration, and what makes its generator."""
 
-FORMATS: dict[str, ReleasedFormat] = {released.family: released for released in [HYMotionFormat()]}
+_FORMATS: list[ReleasedFormat] = [
+    MLDFormat(),
+    MotionLCMFormat(),
+    MDMReleased(),
+    MotionDiffuseReleased(),
+    ACMDMReleased(),
+    HYMotionFormat(),
+]
+FORMATS = {form.family: form for form in _FORMATS}
 """Family -> how its released files are read and written."""
 
 
@@ -113,6 +133,7 @@ def build_generator(config: GeneratorConfig, normalizer: Normalizer, text: TextS
         prediction=model.prediction,
         train_steps=config.train_steps,
         guidance_scale=model.default_guidance if config.guidance is None else config.guidance,
+        sampling_steps=config.sampling_steps,
     )
     build = Build(spec, normalizer, text.token_dim, text.pooled_dim, config.solver, config.eta, text.null)
     return FAMILIES[model.family][1](build, model)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+
+from motionrft.nn.dropout import attention
 
 
 class Site(nn.Linear):
@@ -55,7 +56,7 @@ class SelfAttention(nn.Module):
         k = self._split(self.k_proj(self.k_site(x_BTD)))
         v = self._split(self.v_proj(self.v_site(x_BTD)))
         dropout = self.dropout if self.training else 0.0
-        mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask_BT[:, None, None, :], dropout_p=dropout)
+        mixed = attention(q, k, v, mask_BT, dropout)
         return self.o_site(self.out_proj(mixed.transpose(1, 2).flatten(2)))
 
     def _split(self, x_BTD: Tensor) -> Tensor:

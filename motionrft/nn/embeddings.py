@@ -11,22 +11,23 @@ from torch.nn.functional import silu
 from motionrft.core.errors import ConfigError, explain
 
 
-def time_sinusoid(t_B: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
-    """Return [cos(t f_0..f_{h-1}), sin(t f_0..f_{h-1})] with f_i = max_period^(-i/h), h = size / 2, in float64.
+def time_sinusoid(t_B: Tensor, size: int, max_period: float = 10000.0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return [cos(t f_0..f_{h-1}), sin(t f_0..f_{h-1})] with f_i = max_period^(-i/h), h = size / 2.
 
     Args:
         t_B: times, any numeric dtype.
         size: even output size.
         max_period: slowest period over 2 pi.
+        dtype: what it is computed in; float32 for models that were trained on its rounding (1e-4 at t = 1000).
 
     Returns:
-        (B, size) float64; cast it to the consumer's dtype.
+        (B, size) `dtype`; cast it to the consumer's.
     """
     if size % 2:
         raise ValueError(f"size must be even, got {size}")
     half = size // 2
-    index = torch.arange(half, dtype=torch.float64, device=t_B.device)
-    angle = t_B.double()[:, None] * torch.exp(-math.log(max_period) / half * index)
+    index = torch.arange(half, dtype=dtype, device=t_B.device)
+    angle = t_B.to(dtype)[:, None] * torch.exp(-math.log(max_period) * index / half)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 

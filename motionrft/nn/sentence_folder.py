@@ -24,7 +24,7 @@ from motionrft.core.errors import ConfigError, explain
 SAFE_WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 TOKENIZERS = ("tokenizer.json", "spiece.model")
 _T5_MODULES = ["Transformer", "Pooling", "Dense", "Normalize"]
-_COMPLETE = "Give a complete sentence-transformer folder."
+_COMPLETE = "Give a complete model folder, as it was published."
 _ANOTHER = "This loader computes Sentence-T5 as published; give such a folder."
 
 

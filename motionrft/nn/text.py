@@ -7,8 +7,7 @@ states are zero where masked.
 from __future__ import annotations
 
 import hashlib
-import os
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -17,13 +16,15 @@ import torch
 from motionrft.core.errors import ConfigError, explain
 from motionrft.core.rng import keyed_normal, stable_key
 from motionrft.core.types import Condition, valid_mask
-from motionrft.nn.sentence_folder import PICKLED_WEIGHTS, SAFE_WEIGHTS, TOKENIZERS, is_t5, modules_of
-from motionrft.nn.sentence_models import MiniLM, SentenceT5, mean_pooled
+from motionrft.nn.clip import MDM_TOKENS, ClipText, ClipTokens
+from motionrft.nn.distilbert import DistilBert
+from motionrft.nn.frozen import mean_pooled
+from motionrft.nn.hub import model_folder, sentence_folder
+from motionrft.nn.qwen import ChatStates, HYMotionText, read_prompt
+from motionrft.nn.sentence_folder import is_t5, read_object
+from motionrft.nn.sentence_models import MiniLM, SentenceT5
 
-__all__ = ["MiniLM", "SentenceT5", "StubEncoder", "TextEncoder", "load_text_encoder"]
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ("sentence_bert_config.json", "tokenizer_config.json", *TOKENIZERS)
+__all__ = ["TEXT_ENCODER_HELP", "MiniLM", "SentenceT5", "StubEncoder", "TextEncoder", "load_text_encoder"]
 
 
 @runtime_checkable
@@ -65,64 +66,81 @@ class StubEncoder:
         return Condition(tokens_BLD, mask_BL, mean_pooled(tokens_BLD, mask_BL))
 
 
+_KINDS: dict[str, Callable[[str], TextEncoder]] = {
+    "clip": lambda name: ClipText(model_folder(name)),
+    "clip-mdm": lambda name: ClipText(model_folder(name), max_tokens=MDM_TOKENS),
+    "clip-tokens": lambda name: ClipTokens(model_folder(name)),
+    "clip-pooler": lambda name: ClipText(model_folder(name), project=False),
+    "distilbert": lambda name: DistilBert(model_folder(name)),
+    "hymotion": lambda names: _hymotion(names),
+}
+_KIND_OF = {"clip": "clip", "clip_text_model": "clip", "qwen3": "hymotion"}  # model_type -> what to write before it
+TEXT_ENCODER_HELP = (
+    "minilm; a sentence-transformer FOLDER (MiniLM, Sentence-T5); clip:FOLDER (MLD, ACMDM), clip-mdm:FOLDER, "
+    "clip-tokens:FOLDER (MotionDiffuse), clip-pooler:FOLDER, distilbert:FOLDER (MDM), or "
+    "hymotion:QWEN_FOLDER,CLIP_FOLDER,PROMPT_FILE. A FOLDER may be owner/model in the hub's cache"
+)
+"""One line for options that name an encoder."""
+
+
 def load_text_encoder(name: str) -> TextEncoder:
     """Return the encoder called `name`.
 
-    Args:
-        name: "minilm", "stub", the path of a local sentence-transformer folder (what it holds is read there), or
-            "owner/model" on the Hugging Face hub: taken from its local cache, downloaded only if HF_HUB_OFFLINE is
-            not set.
+    Names::
+
+        minilm                 all-MiniLM-L6-v2 of the installed package
+        stub                   hash-seeded word vectors, for tests
+        FOLDER                 sentence transformer; what it holds is read there (MiniLM, Sentence-T5)
+        clip:FOLDER            CLIP states and projected end token (original MLD: ViT-L/14, ACMDM: ViT-B/32)
+        clip-mdm:FOLDER        the same of captions cut to 22 tokens (MDM: ViT-B/32)
+        clip-tokens:FOLDER     all 77 states, filled up with token 0, end token last (MotionDiffuse: ViT-B/32)
+        clip-pooler:FOLDER     as clip, end token not projected
+        distilbert:FOLDER      states of all tokens (MDM's decoder variant: distilbert-base-uncased)
+        hymotion:QWEN_FOLDER,CLIP_FOLDER,PROMPT_FILE
+                               states of Qwen3 over the caption in a chat, and clip-pooler (HY-Motion: Qwen3-8B in
+                               bfloat16, ViT-L/14). PROMPT_FILE holds the system prompt, which is checked. Append
+                               ",any-prompt" to accept another, ",float32" to compute in float32
+
+    A FOLDER is a local one in the layout of the Hugging Face hub, or "owner/model": taken from the hub's local cache,
+    downloaded only if HF_HUB_OFFLINE is not set. `ClipText`, `ClipTokens`, `DistilBert`, `ChatStates` and `SentenceT5`
+    say what the features are.
 
     Raises:
-        ConfigError: if the name is neither known nor an existing folder, or its weights are not there.
-        CheckpointError: if weights are damaged or unsafe.
+        ConfigError: if the name is neither known nor an existing folder, its weights are not there, or the folder
+            holds another kind of model.
+        CheckpointError: if weights are damaged, incomplete or unsafe.
     """
     if name == "stub":
         return StubEncoder()
     if name == "minilm":
         return MiniLM()
-    folder = Path(name)
-    if not folder.is_dir():
-        if not _HUB_NAME.fullmatch(name):
-            raise ConfigError(
-                explain("'minilm', 'stub' or a model folder", repr(name), "text encoder", "Check the name or the path.")
-            )
-        folder = _hub_folder(name)
+    kind, colon, rest = name.partition(":")
+    if colon and not Path(name).is_dir():
+        if kind not in _KINDS:
+            raise ConfigError(explain(f"one of {', '.join(_KINDS)} before ':'", repr(kind), name, "Correct the name."))
+        return _KINDS[kind](rest)
+    if not Path(name).is_dir() and "/" not in name:
+        raise ConfigError(
+            explain("'minilm', 'stub' or a model folder", repr(name), "text encoder", "Check the name or the path.")
+        )
+    folder = sentence_folder(name)
+    config = folder / "config.json"
+    model_type = read_object(config).get("model_type") if config.is_file() else None
+    if model_type in _KIND_OF:
+        do = f"Write {_KIND_OF[model_type]}:{name}, or another of {', '.join(_KINDS)}, as the generator needs it."
+        raise ConfigError(explain("a sentence transformer", f"model_type {model_type!r}", str(config), do))
     return SentenceT5(folder) if is_t5(folder) else MiniLM(folder)
 
 
-def _hub_folder(name: str) -> Path:
-    """Return the folder in the hub's local cache that holds a model, after downloading what is missing and allowed."""
-    from transformers.utils import cached_file
-
-    def fetch(file: str) -> bool:
-        try:
-            return cached_file(name, file) is not None
-        except OSError:
-            return False
-
-    try:
-        folder = Path(str(cached_file(name, "modules.json"))).parent
-    except OSError as error:
-        offline = bool(os.environ.get("HF_HUB_OFFLINE"))
-        got = "neither, and HF_HUB_OFFLINE forbids asking the hub" if offline else str(error).splitlines()[0]
-        raise ConfigError(
-            explain(
-                f"a folder {name!r} or a model of that name in the hub's cache",
-                got,
-                "text encoder",
-                f"Where there is a network: `hf download {name} --local-dir FOLDER`; then give the path of that FOLDER "
-                f"with config.json, {SAFE_WEIGHTS}, tokenizer.json, modules.json and its sub-folders.",
-            )
-        ) from error
-    # What is not there is missed by the folder's own check, which names it.
-    fetch("config.json")
-    for file in _HUB_FILES:
-        fetch(file)
-    for kind, path in modules_of(folder):
-        prefix = f"{path}/" if path else ""
-        if kind in ("Pooling", "Dense"):
-            fetch(f"{prefix}config.json")
-        if kind in ("Transformer", "Dense") and not fetch(f"{prefix}{SAFE_WEIGHTS}"):
-            fetch(f"{prefix}{PICKLED_WEIGHTS}")
-    return folder
+def _hymotion(names: str) -> HYMotionText:
+    """Return the encoder of "QWEN_FOLDER,CLIP_FOLDER,PROMPT_FILE", with the options "any-prompt" and "float32"."""
+    parts = names.split(",")
+    options = set(parts[3:])
+    if len(parts) < 3 or not all(parts) or options - {"any-prompt", "float32"}:
+        expected = "hymotion:QWEN_FOLDER,CLIP_FOLDER,PROMPT_FILE, then any of ,any-prompt ,float32"
+        raise ConfigError(explain(expected, f"hymotion:{names}", "text encoder", "Correct the name."))
+    qwen, clip, prompt_file = parts[:3]
+    prompt = read_prompt(Path(prompt_file), "any-prompt" in options)  # first: it costs nothing
+    pooled = ClipText(model_folder(clip), project=False)
+    dtype = torch.float32 if "float32" in options else torch.bfloat16
+    return HYMotionText(ChatStates(model_folder(qwen), prompt, dtype), pooled)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from motionrft.nn.attention import SelfAttention, SingleTokenAttention
+from motionrft.nn.dropout import Dropout
 
 
 class EncoderBlock(nn.Module):
@@ -23,7 +24,7 @@ class EncoderBlock(nn.Module):
         self.self_attn = SelfAttention(dim, num_heads, dropout, sites)
         self.linear1, self.linear2 = nn.Linear(dim, ff_dim), nn.Linear(ff_dim, dim)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor, num_queries: int | None = None) -> Tensor:
         """Return the block's output at the first `num_queries` positions (all by default), (B, Q, D)."""
@@ -41,7 +42,7 @@ class DecoderBlock(nn.Module):
         self.cross_attn = SingleTokenAttention(dim)
         self.linear1, self.linear2 = nn.Linear(dim, ff_dim), nn.Linear(ff_dim, dim)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor, memory_BD: Tensor) -> Tensor:
         """Return (B, T, D)."""
@@ -50,8 +51,14 @@ class DecoderBlock(nn.Module):
         return self.norm3(x + self.dropout(self.linear2(self.dropout(gelu(self.linear1(x))))))
 
 
-class _SkipStack(nn.Module):
-    """The wiring that encoder and decoder share: (n - 1) / 2 blocks in, one in the middle, as many out."""
+class SkipStack(nn.Module):
+    """Skip transformer: (n - 1) / 2 blocks in, one in the middle, as many out, a final norm.
+
+    Args:
+        dim: width D.
+        num_layers: n, odd.
+        build: makes one block.
+    """
 
     def __init__(self, dim: int, num_layers: int, build: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -67,8 +74,19 @@ class _SkipStack(nn.Module):
             if tensor.dim() > 1:
                 nn.init.xavier_uniform_(tensor)
 
+    def forward(self, x_BTD: Tensor, *context: Tensor | None) -> Tensor:
+        """Return (B, T, D); every block is called with x and the context."""
+        skipped, x = [], x_BTD
+        for block in self.input_blocks:
+            x = block(x, *context)
+            skipped.append(x)
+        x = self.middle_block(x, *context)
+        for join, block in zip(self.linear_blocks, self.output_blocks, strict=True):
+            x = block(join(torch.cat([x, skipped.pop()], dim=-1)), *context)
+        return self.norm(x)
 
-class SkipEncoder(_SkipStack):
+
+class SkipEncoder(SkipStack):
     """Skip transformer encoder.
 
     Args:
@@ -85,7 +103,9 @@ class SkipEncoder(_SkipStack):
     ) -> None:
         super().__init__(dim, num_layers, lambda: EncoderBlock(dim, num_heads, ff_dim, dropout, sites))
 
-    def forward(self, x_BTD: Tensor, mask_BT: Tensor, num_queries: int | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x_BTD: Tensor, mask_BT: Tensor, num_queries: int | None = None
+    ) -> Tensor:
         """Return (B, Q, D) for the first `num_queries` positions (all by default).
 
         A reader of the first position alone saves most of the last block: its queries and MLP run on that position.
@@ -102,19 +122,8 @@ class SkipEncoder(_SkipStack):
         return self.norm(x)
 
 
-class SkipDecoder(_SkipStack):
-    """Skip transformer decoder reading one memory token. Arguments as `SkipEncoder`."""
+class SkipDecoder(SkipStack):
+    """Skip transformer decoder reading one memory token, forward(x, mask, memory). Arguments as `SkipEncoder`."""
 
     def __init__(self, dim: int, num_layers: int, num_heads: int, ff_dim: int, dropout: float) -> None:
         super().__init__(dim, num_layers, lambda: DecoderBlock(dim, num_heads, ff_dim, dropout))
-
-    def forward(self, x_BTD: Tensor, mask_BT: Tensor, memory_BD: Tensor) -> Tensor:
-        """Return (B, T, D)."""
-        skipped, x = [], x_BTD
-        for block in self.input_blocks:
-            x = block(x, mask_BT, memory_BD)
-            skipped.append(x)
-        x = self.middle_block(x, mask_BT, memory_BD)
-        for join, block in zip(self.linear_blocks, self.output_blocks, strict=True):
-            x = block(join(torch.cat([x, skipped.pop()], dim=-1)), mask_BT, memory_BD)
-        return self.norm(x)

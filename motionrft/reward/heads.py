@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from motionrft.nn.dropout import Dropout
+
 
 class ScoreHead(nn.Module):
     """Four linear layers d -> 2d -> d -> d/2 -> outputs with GELU and dropout between them."""
@@ -13,7 +15,7 @@ class ScoreHead(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
         self.fc3, self.fc4 = nn.Linear(dim, dim // 2), nn.Linear(dim // 2, outputs)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, latent_Bd: Tensor) -> Tensor:
         """Return (B, outputs)."""

@@ -54,6 +54,8 @@ class SemanticConfig:
     """Divergence of the alignment: "jeffreys" (published code) or "js" (true Jensen-Shannon)."""
     temperature: float = 0.1
     """Of every InfoNCE."""
+    reduction: str = "mean"
+    """Of the two directions of every InfoNCE: "mean" (published code, whose weights go with it) or "sum" (paper)."""
     threshold: float = 0.9
     """Captions closer than this (cosine rescaled to [0, 1]) are no negatives of each other."""
     same_class_is_negative: bool = False
@@ -73,6 +75,7 @@ class SemanticConfig:
             (any(getattr(self, n) > 0 for n in names[:5]), "every weight is zero"),
             (self.divergence in ("jeffreys", "js"), "divergence must be 'jeffreys' or 'js'"),
             (self.temperature > 0, "temperature must be positive"),
+            (self.reduction in ("mean", "sum"), "reduction must be 'mean' or 'sum'"),
             (0.0 <= self.threshold <= 1.0, "threshold must be in [0, 1]"),
             where="reward.semantic",
         )
@@ -257,14 +260,14 @@ class SemanticObjective(nn.Module):
         metrics: Metrics = {}
         terms = []
         for n in names:
-            cl = losses.info_nce(z_text, z[n], cfg.temperature, blocked_GG).mean()
+            cl = losses.info_nce(z_text, z[n], cfg.temperature, blocked_GG, cfg.reduction).mean()
             terms.append(cfg.cl * cl)
             metrics[f"loss/{n}/cl"] = cl.detach()
             metrics[f"retrieval/{n}/batch_top1"] = batch_top1(z_text.detach(), z[n].detach(), blocked_GG)
         loss = torch.stack(terms).mean()
         if cfg.cra > 0 and len(names) > 1:
             pairs = [
-                losses.info_nce(z[a], z[b], cfg.temperature, same_clip_GG).mean()
+                losses.info_nce(z[a], z[b], cfg.temperature, same_clip_GG, cfg.reduction).mean()
                 for a, b in itertools.combinations(names, 2)
             ]
             alignment = torch.stack(pairs).mean()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from motionrft.core.types import valid_mask
+from motionrft.nn.dropout import Dropout
 
 
 class Projection(nn.Sequential):
@@ -21,7 +22,7 @@ class Projection(nn.Sequential):
         widths = [in_dim, *([hidden] * (num_layers - 1)), out_dim]
         layers: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
         for before, after in itertools.pairwise(widths[1:]):
-            layers += [nn.GELU(), nn.Dropout(dropout), nn.Linear(before, after)]
+            layers += [nn.GELU(), Dropout(dropout), nn.Linear(before, after)]
         super().__init__(*layers)
 
 

@@ -86,7 +86,9 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     launch(
         "tests.stage_worker", jobs(1, 1) + jobs(1, 2) + [j for j in jobs(1, 4) if "semantic" in j["folder"]], 1, root
     )
-    launch("tests.stage_worker", jobs(2, 1) + [j for j in jobs(2, 2) if "generator" not in j["fn"]], 2, root)
+    sharded = {**job("refine_zero3", "reward:run_semantic", refine("bank", 2), 2, 2), "zero": 3}
+    two = [*jobs(2, 1), *(j for j in jobs(2, 2) if "generator" not in j["fn"]), sharded]
+    launch("tests.stage_worker", two, 2, root)
     return root
 
 
@@ -118,6 +120,11 @@ def test_micro_batches_change_nothing_but_rounding(stages: Path, name: str, micr
 @pytest.mark.parametrize(("name", "micro"), [*TWO, ("semantic", 2), ("adapter", 2), ("refine_bank", 2)])
 def test_two_processes_change_nothing_but_rounding(stages: Path, name: str, micro: int) -> None:
     assert_same(stages, f"{name}_w2_m{micro}", f"{name}_w1_m1")
+
+
+def test_mining_reads_weights_that_no_process_holds_whole(stages: Path) -> None:
+    # ZeRO-3 and micro-batches, mined before and between steps: outside the engine's forward every weight is a shard
+    assert_same(stages, "refine_zero3_w2_m2", "refine_bank_w1_m1")
 
 
 def test_refinement_moves_the_weights_away_from_plain_training(stages: Path) -> None:

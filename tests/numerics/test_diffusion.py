@@ -10,7 +10,7 @@ from torch import Tensor
 
 from motionrft.diffusion.denoise import SAMPLE, StepAction, denoise, initial_noise, keyed_noise, sample
 from motionrft.diffusion.guidance import double_rows, guide, guide_doubled
-from motionrft.diffusion.prediction import PREDICTIONS, add_noise, output_for, x0_coefficients
+from motionrft.diffusion.prediction import PREDICTIONS, add_noise, flow_state, output_for, x0_coefficients
 from motionrft.diffusion.schedules import alpha_bars, betas, spaced_timesteps
 from motionrft.diffusion.solvers import ddim_table, ddpm_table, flow_euler_table, lcm_table, skip_gains
 
@@ -156,6 +156,33 @@ def test_consistency_and_flow_tables_follow_their_definitions() -> None:
     for i in range(4):
         state = (i / 4) * x0 + (1 - i / 4) * noise
         torch.testing.assert_close(flow.p[i] * state + flow.q[i] * (x0 - noise), x0)
+
+
+def test_a_scaled_flow_state_is_a_variance_preserving_state_of_the_tables_noise_level() -> None:
+    x0, noise = draw(7, 6), draw(8, 6)
+    table = flow_euler_table(5)
+    assert table.scale is not None
+    for i, t in enumerate((0.0, 0.2, 0.4, 0.6, 0.8, 1.0)):
+        level = float(table.noise_level[i])
+        assert level / math.sqrt(1 - level**2) == pytest.approx((1 - t) / t) if 0 < t else level == 1.0
+        state = flow_state(x0, noise, torch.full((6,), t, dtype=torch.float64))
+        want = math.sqrt(1 - level**2) * x0 + level * noise
+        torch.testing.assert_close(table.scale[i] * state, want)
+    assert float(table.noise_level[-1]) == 0.0 and float(table.scale[-1]) == 1.0
+
+
+def test_the_loop_tells_how_to_scale_what_is_scored_and_only_that() -> None:
+    x0, noise = draw(7, 6), draw(8, 6)
+    actions = [StepAction(score="x_prev"), StepAction(score="x0_hat"), StepAction(score="x_prev")]
+    steps = list(denoise(flow_euler_table(4), actions, lambda _x, _t: x0 - noise, noise))
+    norm = math.hypot(1 / 4, 3 / 4)
+    assert (steps[0].noise_level, steps[0].scale) == pytest.approx((0.75 / norm, 1 / norm))
+    torch.testing.assert_close(steps[0].scale * steps[0].x_prev, (0.25 * x0 + 0.75 * noise) / norm)
+    assert (steps[1].noise_level, steps[1].scale) == (0.0, 1.0)
+    assert steps[2].scale == pytest.approx(1 / norm)  # symmetric in t and 1 - t
+    table = ddim_table(LATENT, spaced_timesteps(1000, 3, "leading"), "x0")
+    assert table.scale is None
+    assert [s.scale for s in denoise(table, actions, lambda x, _t: x, noise)] == [1.0] * 3
 
 
 def test_skip_gains_are_those_of_the_same_sampler_in_noise_form() -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from motionrft.diffusion.solvers import flow_euler_table
 from motionrft.nn.attention import Site
 from motionrft.nn.embeddings import time_sinusoid
 from motionrft.reward import losses
@@ -142,6 +143,11 @@ def test_noise_levels_map_to_the_nearest_trained_time() -> None:
     for t in (1, 50, 333, 499):
         assert time_of_noise_level(math.sqrt(1 - alpha_bar()[t].item()), 500) == t
     assert time_of_noise_level(1.0, 500) == 499
+    flow = flow_euler_table(4)
+    for i, time in enumerate((0.0, 0.25, 0.5, 0.75, 1.0)):
+        want = match_affine_noise(time, 1 - time, 1000)
+        assert time_of_noise_level(float(flow.noise_level[i]), 1000) == want[0]
+        assert float(flow.scale[i]) == pytest.approx(want[1])
     t, scale = match_affine_noise(0.7, 0.7, 1000)
     assert 340 < t < 370
     assert scale == pytest.approx(1 / (0.7 * math.sqrt(2)))

@@ -11,6 +11,8 @@ from motionrft.config.profiles import profile_names
 from motionrft.core.errors import ConfigError, MotionRFTError
 from motionrft.core.plain import to_plain
 from motionrft.finetune.strategies import DRaFT, EasyTune
+from motionrft.generators.acmdm import ACMDMConfig
+from motionrft.generators.mdm import MDMConfig
 from tune_spaces.space import load_space, space_names
 
 
@@ -61,6 +63,14 @@ def test_another_strategy_drops_the_fields_of_the_former_one() -> None:
     lower = {"s": {"class_path": "m.A", "init_args": {"x": 1}}}
     assert merge(lower, {"s": {"class_path": "A", "init_args": {"y": 2}}})["s"]["init_args"] == {"x": 1, "y": 2}
     assert merge(lower, {"s": {"class_path": "m.B"}})["s"] == {"class_path": "m.B"}
+
+
+def test_another_variant_has_its_own_defaults_where_names_are_shared() -> None:
+    assert MDMConfig().heads != ACMDMConfig().heads
+    assert resolve(flags=["generator.model=ACMDMConfig"]).generator.model == ACMDMConfig()
+    chosen = resolve("quickstart", flags=["generator.model=ACMDMConfig", "generator.model.layers=3"]).generator.model
+    assert chosen == ACMDMConfig(layers=3)
+    assert resolve(flags=["generator.model.layers=3"]).generator.model == MDMConfig(layers=3)
 
 
 def test_setting_a_field_creates_levels_and_reaches_through_variants() -> None:

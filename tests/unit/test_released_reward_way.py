@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from motionrft.cli.main import main
-from motionrft.core.errors import CheckpointError, ConfigError, RepresentationError
+from motionrft.core.errors import CheckpointError, ConfigError, DataError, RepresentationError
 from motionrft.core.plain import to_plain
 from motionrft.core.types import Representation
 from motionrft.data.manifest import Dataset
@@ -31,7 +31,7 @@ from motionrft.nn.text import load_text_encoder
 from motionrft.training.checkpoint import load_checkpoint
 from motionrft.training.optim import OptimConfig
 from motionrft.training.recipes import finetune
-from motionrft.training.recipes.common import TrainConfig
+from motionrft.training.recipes.common import Split, TrainConfig
 from motionrft.training.recipes.evaluate import BASE, REAL, EvaluateRecipe, RewardFolders, RowSpec, evaluate_rows
 from motionrft.training.recipes.finetune import FinetuneJob, FinetuneRecipe
 from motionrft.training.recipes.generator import PretrainJob, PretrainRecipe, run_pretrain
@@ -276,3 +276,40 @@ def test_a_generator_is_tuned_with_adapters_and_merged(place: Path, tmp_path: Pa
     assert main(["merge-adapters", str(base), "--out", str(tmp_path / "again")]) == 2
     with pytest.raises(CheckpointError, match="trained on"):
         load_generator(adapter, base=pretrain(place, "kinematic", "other", dropout=0.2))
+
+
+# -------------------------------------------------------------------------------------------- a second text encoder
+
+
+def test_a_generator_reads_its_own_encoder_and_the_reward_the_datasets(place: Path, tmp_path: Path) -> None:
+    """A generator trained on added features is tuned and evaluated with them; without them it is refused."""
+    prepare = ["prepare", "--source", "synthetic", "--out", str(tmp_path / "data"), "--backend", "single"]
+    sizes = ["prepare.num_clips=24", "prepare.max_frames=30", f"prepare.text_encoder={place / 'sentence-t5'}"]
+    assert main([*prepare, *sizes]) == 0
+    before = Dataset.open(tmp_path / "data").manifest.fingerprint
+    add = ["prepare", "--out", str(tmp_path / "data"), "--backend", "single", "--add-text", "stub"]
+    assert main(add) == 0 and main(add) == 2  # only once
+    data = Dataset.open(tmp_path / "data")
+    stub = load_text_encoder("stub")
+    assert data.manifest.fingerprint == before and set(data.added_texts()) == {stub.fingerprint}
+    split = Split.open(str(data.root), "train", {}).prompting(stub.fingerprint)
+    batch = split.batch([0, 3], [Representation.JOINT], 30, seed=1)
+    torch.testing.assert_close(batch.prompt.pooled_BD, stub.encode(list(batch.captions)).pooled_BD)
+    assert batch.text.pooled_BD.shape[1] == SENTENCE != batch.slice(1, 2).prompt.pooled_BD.shape[1]
+
+    mdm = MDMConfig(latent_dim=16, layers=1, heads=2, ff=16)
+    job = PretrainJob(
+        str(data.root),
+        generator=GeneratorConfig(model=mdm, max_frames=30),
+        recipe=PretrainRecipe(TrainConfig(steps=1, batch_size=4), text_encoder="stub"),
+    )
+    run_pretrain(LocalRuntime(), to_plain(job), tmp_path / "stub", {})
+    generator = load_generator(tmp_path / "stub" / "model")
+    assert generator.spec.text_encoder == stub.fingerprint
+    recipe = FinetuneRecipe(
+        EasyTune(window=1), {"semantic": 1.0}, num_steps=2, batches=1, batch_size=4, max_frames=30, optim=OptimConfig()
+    )
+    tuned = FinetuneJob(str(data.root), str(tmp_path / "stub" / "model"), reward_of(place), recipe=recipe)
+    finetune.run(LocalRuntime(), to_plain(tuned), tmp_path / "tuned", {})
+    with pytest.raises(DataError, match="add-text"):  # the other dataset has no such features
+        finetune.run(LocalRuntime(), to_plain(replace(tuned, dataset=str(place / "data"))), tmp_path / "no", {})

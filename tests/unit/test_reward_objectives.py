@@ -49,6 +49,22 @@ def test_total_is_the_weighted_sum_of_its_reported_parts() -> None:
     assert all(v.dim() == 0 and not v.requires_grad for v in metrics.values())
 
 
+def test_contrastive_directions_are_averaged_as_published_or_summed_as_in_the_paper() -> None:
+    config = SemanticConfig(cl=0.5, cra=0.4, cra_cl=0.3)
+    (loss_m, mean), (loss_s, summed) = (
+        make_objective(replace(config, reduction=r))(**SemanticObjective.inputs(make_batch(), 0))
+        for r in (SemanticConfig().reduction, "sum")
+    )
+    contrastive = [k for k in mean if k.endswith("/cl")]
+    assert len(contrastive) == 4  # one per representation, one of the alignment
+    for name, value in mean.items():
+        if name != "loss/total":
+            factor = 2 if name in contrastive else 1
+            assert summed[name].item() == pytest.approx(factor * value.item(), rel=1e-5), name
+    gained = 0.5 * sum(mean[f"loss/{n}/cl"] for n in NAMES) / 3 + 0.4 * 0.3 * mean["loss/cra/cl"]
+    assert (loss_s - loss_m).item() == pytest.approx(gained.item(), rel=1e-4) and gained > 0
+
+
 @pytest.mark.parametrize(
     ("config", "model"),
     [
@@ -104,6 +120,8 @@ def test_missing_or_misaligned_representations_raise() -> None:
 
 
 def test_contradicting_settings_raise() -> None:
+    with pytest.raises(ConfigError, match="reduction must be 'mean' or 'sum'"):
+        SemanticConfig(reduction="none")
     with pytest.raises(ConfigError, match="every weight is zero"):
         SemanticConfig(rec=0, kl=0, lat=0, cl=0, cra=0)
     with pytest.raises(ConfigError, match="divergence"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,9 +13,12 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from data_prep.pairs import build_authenticity_pairs
 from motionrft.cli.main import main
+from motionrft.cli.reward import quality_tables
 from motionrft.core.errors import ConfigError, DataError
 from motionrft.core.types import Representation
+from motionrft.data.pairs import PairTable
 from motionrft.data.tables import TextTable
 from motionrft.evaluation import reward_quality as quality
 from motionrft.evaluation.published import published
@@ -25,6 +29,7 @@ from motionrft.training.recipes.bank import LoserBank
 from motionrft.training.recipes.common import Split
 from motionrft.training.recipes.evaluate import RewardFolders
 from motionrft.training.recipes.reward import RefineRecipe, RewardJob, RewardRecipe, load_backbone, run_semantic
+from motionrft.training.recipes.reward_quality import QualityJob, _pairs
 from motionrft.training.runtime_local import LocalExecutor, LocalRuntime
 from tests.invariants.test_layouts import reward
 from tests.prepare_fixtures import make_dataset
@@ -111,6 +116,55 @@ def test_authenticity_of_a_separating_and_of_a_constant_detector() -> None:
     assert all(found[n].value == 100.0 for n in ("accuracy", "precision", "recall", "specificity", "f1", "auc"))
     found = quality.authenticity(np.full(100, -1.0), truth, ids)
     assert (found["recall"].value, found["specificity"].value, found["auc"].value) == (0.0, 100.0, 50.0)
+
+
+def test_a_detector_that_only_reads_length_shows_in_the_buckets() -> None:
+    captured, generated = np.arange(1, 61), np.arange(31, 91)
+    lengths, truth = np.concatenate([captured, generated]), np.repeat([False, True], 60)
+    ids = [str(i) for i in range(120)]
+    # a quarter of the (captured, generated) pairs have both in 31..60, and are even there: 1 - 1/4 + 1/8
+    assert quality.authenticity(lengths - 45.5, truth, ids)["auc"].value == pytest.approx(87.5)
+    buckets = quality.length_buckets(lengths)
+    assert sorted(np.concatenate([*buckets.values()])) == list(range(120))
+    middle = list(buckets.values())[1]
+    assert 31 <= lengths[middle].min() and lengths[middle].max() <= 60 and len(middle) >= 38
+    measured = quality.authenticity(lengths[middle] - 45.5, truth[middle], [ids[i] for i in middle])
+    assert measured["auc"].value == 50.0
+
+
+def test_buckets_are_thirds_that_keep_equal_lengths_together() -> None:
+    found = quality.length_buckets(np.tile([90, *range(1, 90)], 2))
+    assert list(found) == ["1-30", "31-60", "61-90"] and [len(r) for r in found.values()] == [60] * 3
+    assert {k: len(r) for k, r in quality.length_buckets([7] * 5).items()} == {"7-7": 5}
+    few = quality.length_buckets([10, 10, 10, 10, 50])
+    assert {k: r.tolist() for k, r in few.items()} == {"10-10": [0, 1, 2, 3], "50-50": [4]}
+
+
+def test_authenticity_is_told_by_length_where_a_pair_has_one_length(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    clips = Split.open(str(trained[0]), "train", {}).clips
+    rows = list(range(len(clips)))
+    frames = [clips.frames(r, Representation.JOINT).copy() for r in rows]
+    build_authenticity_pairs(
+        clips, rows, frames, [len(f) for f in frames], Representation.JOINT, tmp_path, "val", seed=0
+    )
+    table = PairTable.open(tmp_path, "authenticity", "val")
+    middle = float(table.lengths.double().median()) - 0.5
+
+    class ReadsLength:
+        config, trained_on = SimpleNamespace(representations=("joint",)), None
+
+        def head_outputs(self, name, motion, lengths, kind):
+            return torch.stack([torch.zeros(len(motion)), lengths - middle], dim=1)
+
+    found = _pairs(ReadsLength(), table, QualityJob("", RewardFolders()), "cpu")
+    assert found["joint"]["auc"]["value"] == 50.0 and found["joint"]["accuracy"]["value"] == 50.0
+    short, *_, long = found["joint"]["by_length"].values()
+    assert (short["specificity"]["value"], short["recall"]["value"], short["auc"]["value"]) == (100.0, 0.0, 50.0)
+    assert (long["specificity"]["value"], long["recall"]["value"], long["auc"]["value"]) == (0.0, 100.0, 50.0)
+    assert sum(b["clips"] for b in found["joint"]["by_length"].values()) == 2 * len(table)
+    shown = quality_tables({"retrieval": {}, "authenticity": found})[-1]
+    assert shown["title"].startswith("Authenticity by length") and len(shown["rows"]) == 3
+    assert all(len(row) == len(shown["columns"]) for row in shown["rows"])
 
 
 def test_printed_rows_are_consistent_with_themselves() -> None:

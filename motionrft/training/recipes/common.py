@@ -86,6 +86,7 @@ class Split:
     dataset: Dataset
     clips: ClipTable
     text: TextTable
+    prompts: TextTable | None = None  # what the generator reads, where its text encoder is another one
 
     @classmethod
     def open(cls, root: str, split: str, data: Mapping[str, Any]) -> Split:
@@ -98,6 +99,19 @@ class Split:
                 explain(f"clips in split {split!r}", "none", str(root), "Prepare a dataset that has this split.")
             )
         return cls(dataset, clips, TextTable.open(dataset))
+
+    def prompting(self, encoder: str) -> Split:
+        """Return the split with batches that also carry the features a generator of this text encoder reads.
+
+        Args:
+            encoder: fingerprint, as the generator's card has it.
+
+        Raises:
+            DataError: the dataset has no features of that encoder.
+        """
+        if encoder == self.text.fingerprint:
+            return replace(self, prompts=None)
+        return replace(self, prompts=TextTable.open_for(self.dataset, encoder))
 
     def normalizer(self, representation: Representation) -> Normalizer:
         """Return the training-split statistics of a representation."""
@@ -113,8 +127,10 @@ class Split:
     ) -> MotionBatch:
         """Return rows as a batch; a seed draws captions and windows per clip and epoch, else the first are taken."""
         if seed is None:
-            return collate(self.clips, self.text, rows, representations=representations, max_frames=max_frames)
-        return training_batch(self.clips, self.text, rows, seed, epoch, representations, max_frames)
+            batch = collate(self.clips, self.text, rows, representations=representations, max_frames=max_frames)
+        else:
+            batch = training_batch(self.clips, self.text, rows, seed, epoch, representations, max_frames)
+        return batch if self.prompts is None else replace(batch, generator_text=self.prompts.condition(batch.captions))
 
 
 class BatchSource:

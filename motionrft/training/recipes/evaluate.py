@@ -210,7 +210,7 @@ def score(job: ScoreJob) -> dict[str, Scores]:
     batch = _everything(job.dataset, job.recipe.split, job.recipe.max_frames)
     generator = load_generator(job.generator) if job.generator else None
     terms = _reward_terms(job, Representation.KINEMATIC if generator is None else generator.spec.representation)
-    motions = _real_set(batch, split) if generator is None else _generated(job, generator, batch)
+    motions = _real_set(batch, split) if generator is None else _generated(job, generator, batch, split)
     Path(job.motions).parent.mkdir(parents=True, exist_ok=True)
     np.savez(
         job.motions,
@@ -240,11 +240,12 @@ def load_motions(path: str | Path) -> MotionSet:
         )
 
 
-def _generated(job: ScoreJob, generator: MotionGenerator, batch: MotionBatch) -> MotionSet:
+def _generated(job: ScoreJob, generator: MotionGenerator, batch: MotionBatch, split: Split) -> MotionSet:
+    prompts = split.prompting(generator.spec.text_encoder).prompts
     motion = generate(
         generator,
         generator.network,
-        batch.prompt,
+        batch.text if prompts is None else prompts.condition(batch.captions),
         batch.lengths_B,
         batch.keys_B,
         num_steps=job.recipe.num_steps,

@@ -134,8 +134,8 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
     """Stage: fine-tune and write FOLDER/model; return the last metrics and validation scores."""
     job = from_plain(FinetuneJob, config, "finetune")
     recipe = job.recipe
-    split = Split.open(job.dataset, "train", data)
     generator = load_generator(job.generator, runtime.device)
+    split = Split.open(job.dataset, "train", data).prompting(generator.spec.text_encoder)
     reference = load_generator(job.generator, runtime.device)
     reference.network.requires_grad_(False)
     reward = job.reward.load(runtime.device)

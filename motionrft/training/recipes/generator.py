@@ -77,6 +77,8 @@ class PretrainRecipe:
     """What it generates: "kinematic", "joint" or "rotation"; "" = the family's own."""
     stage: str = "generator"
     """What learns: "autoencoder" (first, for families that denoise latents), "generator", or "distill"."""
+    text_encoder: str = ""
+    """Fingerprint (or its beginning) or name of an encoder added to the dataset; "" = the dataset's own."""
 
     def __post_init__(self) -> None:
         """Report every contradiction at once."""
@@ -119,7 +121,7 @@ class PretrainJob:
 def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
     """Stage: train a generator and write FOLDER/model (and FOLDER/model_long if the recipe goes on)."""
     job = from_plain(PretrainJob, config, "pretrain")
-    split = Split.open(job.dataset, "train", data)
+    split = _prompting(Split.open(job.dataset, "train", data), job.recipe.text_encoder)
     kind = job.generator.representation(job.recipe.representation)
     batches = BatchSource(
         split,
@@ -135,7 +137,9 @@ def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
     steps = _planned_steps(job, folder, runtime)
     settings = replace(job.recipe.train, steps=steps)
     base_steps = job.recipe.train.steps
-    validation = Split.open(job.dataset, "val", data) if settings.validate_every else None
+    validation = None
+    if settings.validate_every:
+        validation = _prompting(Split.open(job.dataset, "val", data), job.recipe.text_encoder)
     start = _Start(job.continue_from)
     noise_seed = derive_seed("pretrain-noise", job.seed, job.continue_from != "")
 
@@ -150,16 +154,22 @@ def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
         """Write the model (the average, where there is one) to PLACE. Collective."""
         weights = whole_parameters(engine, ema)
         if job.recipe.stage == "autoencoder":
-            # Its weights are a frozen part of the generator that is trained next: measure on what is written.
+            # Its weights are a frozen part of the generator that is trained next: measure on what is written, and let
+            # training go on where it was.
+            own = {name: p.detach().clone() for name, p in training.network.named_parameters()}
             put_parameters(training.network, weights)
             generator.finish("autoencoder", [batches(step) for step in range(min(_FINISH_BATCHES, base_steps))])
+            fixed = Fixed.of(generator)
+            put_parameters(training.network, own)
             weights = {name: p.detach().float().cpu() for name, p in generator.network.named_parameters()}
+        else:
+            fixed = Fixed.of(generator)
         if runtime.rank == 0:
-            save_weights(place, weights, card, Fixed.of(generator), done, engine.steps)
+            save_weights(place, weights, card, fixed, done, engine.steps)
 
     def on_step(engine: Engine, ema: Ema | None, done: int) -> Mapping[str, float] | None:
         if training.after_step is not None:
-            training.after_step(engine.module, done)
+            training.after_step(engine.trainable_tensors(), done)
         if done == base_steps and not job.continue_from and steps > base_steps:
             keep(engine, ema, folder / "model", done)
         if done == base_steps and not job.continue_from and job.recipe.stage == "generator":
@@ -186,6 +196,15 @@ def run_pretrain(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
     keep(engine, ema, folder / ("model_long" if long else "model"), outcome.step)
     close(engine)
     return {"steps": steps, "base_steps": base_steps, "loss": outcome.metrics.get("loss/total", math.nan)}
+
+
+def _prompting(split: Split, encoder: str) -> Split:
+    """Return the split with features of the encoder that is called, or whose fingerprint begins, so."""
+    if not encoder:
+        return split
+    added = split.dataset.added_texts().values()
+    named = [e.fingerprint for e in added if e.name == encoder or e.fingerprint.startswith(encoder)]
+    return split.prompting(named[0] if len(named) == 1 else encoder)
 
 
 def _training(generator: Generator, job: PretrainJob, device: torch.device) -> Training:
@@ -255,8 +274,9 @@ def _planned_steps(job: PretrainJob, folder: Path, runtime: Runtime) -> int:
 
 
 def _new_generator(job: PretrainJob, split: Split, normalizer: Normalizer) -> tuple[Generator, Card]:
-    null = split.text.condition([""]) if job.generator.model.needs_null else None
-    text = TextSide(split.text.fingerprint, split.text.dim, split.text.pooled_dim, null)
+    read = split.prompts or split.text
+    null = read.condition([""]) if job.generator.model.needs_null else None
+    text = TextSide(read.fingerprint, read.dim, read.pooled_dim, null)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("generator", job.seed))
         generator = build_generator(job.generator, normalizer, text, split.clips.fps)
@@ -327,7 +347,7 @@ def run_generate(runtime: Runtime, config: Mapping[str, Any], folder: Path, data
     folder.mkdir(parents=True, exist_ok=True)
     counts = {}
     for name in job.splits:
-        split = Split.open(job.dataset, name, data)
+        split = Split.open(job.dataset, name, data).prompting(generator.spec.text_encoder)
         order = numpy_rng("generate", job.seed, name).permutation(split.clips.rows(with_captions=True))
         chosen = np.sort(order[: job.clips or None])
         mine = chosen[runtime.rank :: runtime.world].tolist()

@@ -6,6 +6,7 @@ and text encoder are named and never guessed, and the card says where the weight
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from motionrft.training.released import read_content, write_released
 from motionrft.training.state_dict import require_same_tensors
 
 _CHECK = "Check that the files are those of this variant and unchanged."
+_FINGERPRINT = re.compile("[0-9a-f]{64}")
 BUILT = "null"
 """Prefix of frozen tensors that no released file holds: features of the empty caption, made with the text encoder."""
 
@@ -151,7 +153,13 @@ def _require_encoder(found: ReleasedGenerator, choices: GeneratorImport, path: P
                 )
             )
         return
-    if text_kind(choices.text_encoder) != text_kind(needed):
+    if _FINGERPRINT.fullmatch(needed):  # exported by this project
+        if needed != given.fingerprint:
+            named = f"{choices.text_encoder} ({given.fingerprint[:12]})"
+            raise ConfigError(
+                explain(f"text encoder {needed[:12]}", named, str(path), "Name the one it was trained with.")
+            )
+    elif text_kind(choices.text_encoder) != text_kind(needed):
         raise ConfigError(
             explain(
                 f"a text encoder like {needed!r}",

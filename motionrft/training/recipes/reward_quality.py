@@ -65,6 +65,8 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
 def measure(job: QualityJob, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Return {"retrieval": {representation: {protocol: ...}}, "preference": ..., "authenticity": ...} with intervals.
 
+    Authenticity is also told by bucket of length ("by_length"): a detector that only reads length is seen there.
+
     Raises:
         DataError: the split has no clip with a caption.
         CheckpointError: the reward cannot be read.
@@ -137,10 +139,21 @@ def _pairs(reward: MotionReward, table: PairTable, job: QualityJob, device: torc
                 parts[side].append(reward.head_outputs(table.name, motion, lengths, kind))
         first, second = (torch.cat(p).double().cpu().numpy() for p in parts)
         if table.name == "preference":
-            measured = quality.preference(first[:, 0], second[:, 0], table.pair_ids, job.seed)
+            found[name] = quality.plain(quality.preference(first[:, 0], second[:, 0], table.pair_ids, job.seed))
         else:
             logits = np.concatenate([first, second])
-            truth = np.repeat([False, True], len(table))
-            measured = quality.authenticity(logits[:, 1] - logits[:, 0], truth, [*table.pair_ids] * 2, job.seed)
-        found[name] = quality.plain(measured)
+            found[name] = _authenticity(logits[:, 1] - logits[:, 0], table, job.seed)
     return found
+
+
+def _authenticity(generated_logit_N: np.ndarray, table: PairTable, seed: int) -> dict[str, Any]:
+    """Return the scores of a detector on captured, then generated members: on all, and by bucket of length."""
+    truth = np.repeat([False, True], len(table))
+    ids = np.array([*table.pair_ids] * 2)
+
+    def scores(rows: np.ndarray) -> dict[str, Any]:
+        return quality.plain(quality.authenticity(generated_logit_N[rows], truth[rows], ids[rows].tolist(), seed))
+
+    buckets = quality.length_buckets(np.tile(table.lengths.numpy(), 2))
+    by_length = {label: {"clips": len(rows), **scores(rows)} for label, rows in buckets.items()}
+    return {**scores(np.arange(len(truth))), "by_length": by_length}

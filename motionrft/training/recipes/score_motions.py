@@ -1,5 +1,8 @@
 """Offline scoring: motions from files, every term per motion, shards mapped over a pool of workers.
 
+On Ray the pool is `runtime.executor.RayExecutor`: an actor reads reward and text encoder once (`_loaded`) and scores
+many shards, also those of later calls with the same executor.
+
 Letters: N motions, T frames, D features.
 """
 
