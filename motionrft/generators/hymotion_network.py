@@ -87,7 +87,7 @@ class HYMotionConfig(ModelConfig):
     output: str = "clean"
     """What the last layer gives: "velocity" (the released models), or "clean": the motion, from which the velocity
     follows. A velocity carries all of the noise, for which a small network is too narrow; a clean motion does not."""
-    frame_weight: float = 60.0
+    frame_weight: float = 100.0
     """Weight of the frame-difference error in the pre-training loss. Differences of neighbouring frames are about a
     quarter as large as the features, and an error in them is what shows as trembling."""
     zero_final: bool = True
