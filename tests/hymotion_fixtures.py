@@ -16,7 +16,14 @@ from motionrft.representations.normalize import Normalizer
 KIND = Representation.ROTATION
 TOKENS, POOLED = 12, 10
 CLEAN = HYMotionConfig(
-    width=16, heads=2, double_blocks=1, single_blocks=2, mlp_ratio=2, train_frames=24, band_frames=3, zero_final=False
+    width=16,
+    heads=2,
+    mlp_ratio=2,
+    pooled_gain=1.0,
+    frame_weight=2.0,
+    train_frames=24,
+    band_frames=3,
+    zero_final=False,
 )
 SMALL = replace(CLEAN, output="velocity", frame_weight=0.0)
 RELEASED = replace(SMALL, joint_positions=True, native_fps=30.0, min_frames=6, rest_pelvis=(0.1, -0.2, 0.3))

@@ -48,13 +48,13 @@ class HYMotionConfig(ModelConfig):
     default_lora_rank = 8
     lora_targets: ClassVar = {"full": rf"{_LORA}|single_blocks\.\d+\.linear[12]", "upstream": _LORA}
 
-    width: int = 128
+    width: int = 96
     """Token width E."""
-    heads: int = 4
+    heads: int = 3
     """Attention heads per block."""
-    double_blocks: int = 2
+    double_blocks: int = 1
     """Blocks in which motion and text have weights of their own; a third of the released depth."""
-    single_blocks: int = 4
+    single_blocks: int = 2
     """Blocks with common weights, after them."""
     refiner_blocks: int = 1
     """Blocks of text tokens alone, before them."""
@@ -64,8 +64,9 @@ class HYMotionConfig(ModelConfig):
     """Features of a text token."""
     pooled_dim: int = 384
     """Features of the sentence vector."""
-    pooled_gain: float = 1.0
-    """Factor on the sentence vector: unit-norm vectors of C features are read as weak noise without sqrt(C)."""
+    pooled_gain: float = 20.0
+    """Factor on the sentence vector: unit-norm vectors of C features are read as weak noise without sqrt(C), here of
+    384 features. The released models read theirs as they are."""
     joint_positions: bool = False
     """The state holds 66 joint positions behind the 135 features, which decoding ignores (the released layout)."""
     train_frames: int = 80
@@ -86,8 +87,9 @@ class HYMotionConfig(ModelConfig):
     output: str = "clean"
     """What the last layer gives: "velocity" (the released models), or "clean": the motion, from which the velocity
     follows. A velocity carries all of the noise, for which a small network is too narrow; a clean motion does not."""
-    frame_weight: float = 2.0
-    """Weight of the frame-difference error in the pre-training loss."""
+    frame_weight: float = 100.0
+    """Weight of the frame-difference error in the pre-training loss. Differences of neighbouring frames are about a
+    quarter as large as the features, and an error in them is what shows as trembling."""
     zero_final: bool = True
     """Start with zero velocity. The released models' last layer starts at random."""
     checkpoint_blocks: bool = False
@@ -131,6 +133,7 @@ def _released(width: int, heads: int, depth: int) -> HYMotionConfig:
         refiner_blocks=2,
         token_dim=4096,
         pooled_dim=768,
+        pooled_gain=1.0,
         joint_positions=True,
         train_frames=360,
         min_frames=20,

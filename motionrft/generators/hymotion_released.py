@@ -185,9 +185,10 @@ def _config(model: HYMotionConfig, guidance: float) -> dict[str, Any]:
     Raises:
         ConfigError: sizes that it cannot express.
     """
-    if model.single_blocks != 2 * model.double_blocks or model.output != FULL.output:
-        expected = "output velocity, and twice as many single as double blocks"
-        got = f"output {model.output}, {model.single_blocks} and {model.double_blocks} blocks"
+    fixed = (model.output, model.pooled_gain) == (FULL.output, FULL.pooled_gain)
+    if model.single_blocks != 2 * model.double_blocks or not fixed:
+        expected = "output velocity, pooled_gain 1, and twice as many single as double blocks"
+        got = f"{model.output}, {model.pooled_gain:g}, {model.single_blocks} and {model.double_blocks} blocks"
         do = "The published settings cannot say anything else."
         raise ConfigError(explain(expected, got, "export of hymotion", do))
     return {

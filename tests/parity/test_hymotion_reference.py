@@ -55,6 +55,7 @@ class Case:
             train_frames=sizes["train_frames"],
             band_frames=round(30 * net["narrowband_length"]),
             output="velocity",
+            pooled_gain=1.0,
         )
         spec = GeneratorSpec("hymotion", KIND, 30.0, 32, "none", "velocity", 1000, sizes["cfg"])
         statistics = Normalizer(torch.zeros(135), torch.ones(135), KIND)

@@ -145,8 +145,8 @@ def test_wrong_tensors_are_listed_together(contents: dict[str, Any], tmp_path: P
 
 
 def test_models_that_the_format_cannot_express_are_not_exported() -> None:
-    for change in ({"single_blocks": 1}, {"output": "clean"}):
-        with pytest.raises(ConfigError, match="output velocity, and twice as many"):
+    for change in ({"single_blocks": 1}, {"output": "clean"}, {"pooled_gain": 2.0}):
+        with pytest.raises(ConfigError, match="pooled_gain 1, and twice as many"):
             FORMAT.write(make(replace(TINY, **change), max_frames=24))
 
 
