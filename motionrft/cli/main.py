@@ -96,7 +96,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 
 def add_run_arguments(parser: argparse.ArgumentParser, run_dir: str) -> None:
     """Add what every verb with a run folder takes."""
-    parser.add_argument("--preset", help="quickstart, smoke, paper or upstream")
+    parser.add_argument("--preset", help="quickstart, smoke, paper, upstream, small-acmdm, small-hymotion ...")
     parser.add_argument("--profile", help="hardware: cpu2, gpu1, gpu8, nodes4x8, or a YAML file")
     parser.add_argument("--config", action="append", default=[], type=Path, help="YAML file; later ones win")
     parser.add_argument("--run-dir", type=Path, default=Path(run_dir), help=f"run folder (default {run_dir})")
