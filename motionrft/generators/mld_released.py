@@ -6,6 +6,7 @@ not belong to the generator. The autoencoder may also lie in a file of its own.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -95,11 +96,11 @@ class _LatentFormat(ReleasedFormat):
             variant=f"{self.family} {variant}",
         )
 
+    @abstractmethod
     def model(
         self, network: Mapping[str, Tensor], sizes: dict[str, Any], settings: Mapping[str, Any], variant: str
     ) -> ModelConfig:
         """Return the configuration of sizes derived from tensors."""
-        raise NotImplementedError
 
     def write(self, generator: Generator) -> dict[str, Any]:
         """Return the checkpoint file with published names, nesting and shapes.
