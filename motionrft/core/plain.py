@@ -91,17 +91,20 @@ def _completed(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in data.items():
         hint = hints.get(name)
         if hint in _VARIANT_BASES:
-            result[name] = _with_defaults(hint, value)
+            result[name] = _with_defaults(hint, value, name)
         elif is_dataclass(hint) and isinstance(value, Mapping):
             result[name] = _completed(hint, value)
     return result
 
 
-def _with_defaults(base: Any, value: Any) -> Any:
+def _with_defaults(base: Any, value: Any, field: str) -> Any:
     choice: Any = {"class_path": value} if isinstance(value, str) else value
     if not isinstance(choice, Mapping) or not isinstance(choice.get("class_path"), str):
         return value
     module, _, name = choice["class_path"].rpartition(".")
+    known = _subclasses(base)
+    if not module and name not in known:
+        raise ConfigError(f"{field}: {name!r} is none of {', '.join(sorted(known))}")
     try:
         variant = getattr(import_module(module), name) if module else _subclasses(base)[name]
     except (ImportError, AttributeError, KeyError):

@@ -161,6 +161,10 @@ def generator_from_card(card: Mapping[str, Any], normalizer: Normalizer) -> tupl
         CheckpointError: not a generator's card, a malformed one, or other statistics than it was trained with.
     """
     try:
+        if "model" not in card["config"]:
+            raise ConfigError(
+                "it has no `model`: an earlier version wrote it, whose models are not read; train it again"
+            )
         config = from_plain(GeneratorConfig, card["config"], "generator card")
         text = TextSide(card["text_encoder"], card["token_dim"], card["pooled_dim"])
         kind, fingerprint, fps = card["kind"], card["normalizer"], card["fps"]

@@ -109,3 +109,8 @@ def test_unknown_presets_profiles_and_files_are_refused() -> None:
         resolve(profile="cpu3")
     with pytest.raises(ConfigError, match="does not exist"):
         resolve(files=[Path("absent.yaml")])
+
+
+def test_an_unknown_variant_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"'Nothing' is none of ACMDMConfig, .*MLDConfig"):
+        resolve(flags=["generator.model=Nothing"])

@@ -264,6 +264,8 @@ def test_a_card_rebuilds_its_generator_and_refuses_other_statistics() -> None:
         generator_from_card(card, Normalizer(torch.zeros(263), torch.ones(263), KIND))
     with pytest.raises(CheckpointError, match="card"):
         generator_from_card({"config": {"family": "nothing"}}, statistics())
+    with pytest.raises(CheckpointError, match="earlier version"):
+        generator_from_card({**card, "config": {"family": "mdm", "mdm": {}}}, statistics())
     assert "mdm" in FAMILIES
 
 
