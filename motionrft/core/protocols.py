@@ -84,6 +84,14 @@ class MotionGenerator(Protocol):
         """Physical features (B, T, D) of a clean state; differentiable; zeros beyond each length."""
         ...
 
+    def encode(self, motion_BTD: Tensor, lengths_B: Tensor) -> Tensor:
+        """Clean state of physical features (B, T, D): what `decode` turns back. No gradient."""
+        ...
+
+    def state_mask(self, state: Tensor, lengths_B: Tensor) -> Tensor:
+        """Bool mask that broadcasts against a state, True where its entries belong to the clip."""
+        ...
+
 
 @runtime_checkable
 class RewardModel(Protocol):

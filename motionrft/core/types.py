@@ -83,13 +83,17 @@ class MotionBatch:
 
     def slice(self, start: int, stop: int) -> MotionBatch:
         """Return rows [start, stop)."""
-        rows = slice(start, stop)
+        return self.index(torch.arange(len(self))[start:stop])
+
+    def index(self, rows: Tensor) -> MotionBatch:
+        """Return the rows at int64 positions, in their order; a row may come more than once."""
+        positions = rows.tolist()
         return replace(
             self,
-            item_ids=self.item_ids[rows],
+            item_ids=tuple(self.item_ids[i] for i in positions),
             motions={r: m[rows] for r, m in self.motions.items()},
             lengths_B=self.lengths_B[rows],
-            captions=self.captions[rows],
+            captions=tuple(self.captions[i] for i in positions),
             text=self.text.index(rows),
             class_ids_B=self.class_ids_B[rows],
             keys_B=self.keys_B[rows],

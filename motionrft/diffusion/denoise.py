@@ -81,9 +81,6 @@ def denoise(
         raise ValueError(f"{len(actions)} actions for {len(table)} denoising steps")
     if noise is None and bool((table.c[: len(actions)] != 0).any()):
         raise ValueError("this sampler adds noise at some step; pass noise")
-    a, b, c, p, q = (column.tolist() for column in (table.a, table.b, table.c, table.p, table.q))
-    levels = table.noise_level.tolist()
-    scales = [1.0] * len(levels) if table.scale is None else table.scale.tolist()
     gains = tuple(g.tolist() for g in skip_gains) if skip_gains is not None else None
     times = table.model_time.to(x_T.device)
     x = x_T
@@ -91,24 +88,43 @@ def denoise(
         x_in = x.detach() if action.cut_input else x
         with nullcontext() if action.grad else torch.no_grad():
             out = predict(x_in, times[i])
-        base = x.detach() if action.cut_after else x
         if gains is not None and action.cut_input and not action.cut_after:
             history = x - x.detach()  # zero in value; carries the chain's gradient
-            x_prev = _affine(a[i], x.detach(), b[i], out) + gains[0][i] * history
-            x0_hat = _affine(p[i], x.detach(), q[i], out) + gains[1][i] * history
+            x_prev, x0_hat = solver_step(table, i, x.detach(), out, noise)
+            x_prev, x0_hat = x_prev + gains[0][i] * history, x0_hat + gains[1][i] * history
+            del history
         else:
-            x_prev = _affine(a[i], base, b[i], out)
-            x0_hat = _affine(p[i], base, q[i], out)
-        if c[i] != 0 and noise is not None:
-            x_prev = x_prev + c[i] * noise(i).to(x_prev.dtype)
-        level, scale = (levels[i + 1], scales[i + 1]) if action.score == "x_prev" else (0.0, 1.0)
+            x_prev, x0_hat = solver_step(table, i, x.detach() if action.cut_after else x, out, noise)
         # The caller sees x_prev before the cut: the last step's gradient reaches it through `out`.
-        yield StepOutput(i, x_in, x_prev, x0_hat, action.score, action.update, level, scale)
+        yield StepOutput(i, x_in, x_prev, x0_hat, action.score, action.update, *read_at(table, i, action.score))
         if action.stop:
             return
         x = x_prev.detach() if action.cut_after else x_prev
         # A suspended generator must not keep the step's graph alive while the next network call runs.
-        del x_in, out, base, x_prev, x0_hat
+        del x_in, out, x_prev, x0_hat
+
+
+def solver_step(table: SolverTable, i: int, x: Tensor, out: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
+    """Return (x_prev, x0_hat) of step i for state x (B, ...) and network output `out`; `noise` as in `denoise`."""
+    a, b, c, p, q = (float(column[i]) for column in (table.a, table.b, table.c, table.p, table.q))
+    x_prev = _affine(a, x, b, out)
+    if c != 0 and noise is not None:
+        x_prev = x_prev + c * noise(i).to(x_prev.dtype)
+    return x_prev, _affine(p, x, q, out)
+
+
+def read_at(table: SolverTable, i: int, score: str) -> tuple[float, float]:
+    """Return (noise level, scale) of what a reward reads after step i; see `StepOutput`."""
+    if score != "x_prev":
+        return 0.0, 1.0
+    return float(table.noise_level[i + 1]), 1.0 if table.scale is None else float(table.scale[i + 1])
+
+
+def noised(table: SolverTable, step: int, clean: Tensor, noise: Tensor) -> Tensor:
+    """Return the state before `step` of a clean state: the sampler's own noise level, flows included."""
+    level = float(table.noise_level[step])
+    scale = 1.0 if table.scale is None else float(table.scale[step])
+    return ((1.0 - level**2) ** 0.5 * clean + level * noise) / scale
 
 
 def _affine(a: float, x: Tensor, b: float, out: Tensor) -> Tensor:

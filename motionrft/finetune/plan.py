@@ -1,16 +1,12 @@
-"""A plan says what happens at each denoising step of one rollout. Strategies make plans; the loop follows them."""
+"""A plan says what happens at each denoising step of one rollout. `strategy.follow` runs it."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import numpy as np
-
-from motionrft.core.plain import variant_base
 from motionrft.diffusion.denoise import SAMPLE, SCORES, StepAction
 
-__all__ = ["SAMPLE", "SCORES", "StepAction", "StepPlan", "Strategy"]
+__all__ = ["SAMPLE", "SCORES", "StepAction", "StepPlan"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +21,10 @@ class StepPlan:
     """States and gradients come from the parameters at the start of the rollout, although updates happen on the way."""
     through_solver: bool = False
     """The gradient path through the sampler is that of noise prediction, whatever the network predicts."""
+    recompute: bool = False
+    """Network calls with gradient keep their input only and run again in the backward pass."""
+    equal_gain: bool = False
+    """Scored steps are weighed by the inverse of the sampler's own factor (`strategy.step_weights`)."""
 
     def __post_init__(self) -> None:
         """Refuse plans that train nothing, or whose last gradient reaches no update."""
@@ -54,23 +54,3 @@ class StepPlan:
             "update": ["^" if a.update else " " for a in self.actions],
         }
         return "\n".join(f"{name:8}[{''.join(cells)}{rest}]" for name, cells in rows.items())
-
-
-@variant_base
-@dataclass(frozen=True)
-class Strategy(ABC):
-    """Which denoising steps learn, and from what. Subclasses are frozen dataclasses of plain hyper-parameters."""
-
-    @abstractmethod
-    def plan(self, num_steps: int, progress: float, rng: np.random.Generator) -> StepPlan:
-        """Return the plan of one rollout.
-
-        Args:
-            num_steps: denoising steps S >= 1. Windows longer than S are shortened to S.
-            progress: batches done / batches in the run, in [0, 1].
-            rng: the same on every rank, so that all ranks follow one plan.
-        """
-
-    def updates_per_rollout(self, num_steps: int) -> int:
-        """Return how many optimiser steps one rollout takes; learning-rate schedules are counted in these."""
-        return sum(a.update for a in self.plan(num_steps, 1.0, np.random.default_rng(0)).actions)

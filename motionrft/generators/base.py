@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from motionrft.core.errors import ConfigError, RepresentationError, explain
 from motionrft.core.plain import variant_base
 from motionrft.core.protocols import GeneratorSpec, SolverTable
-from motionrft.core.types import Condition, MotionBatch, Representation
-from motionrft.diffusion.guidance import double_rows, guide_doubled
+from motionrft.core.types import Condition, MotionBatch, Representation, valid_mask
+from motionrft.diffusion.guidance import double_rows, guide_captioned, guide_doubled
 from motionrft.representations.normalize import Normalizer
 
 Loss = Callable[[Callable[..., Tensor], MotionBatch, int, int], tuple[Tensor, dict[str, Tensor]]]
@@ -103,6 +103,9 @@ class Generator(ABC):
         frozen: see above; default: nothing.
         guidance: overrides the spec's scale; 1 runs the network once per step, without the empty condition.
 
+    Attributes:
+        guidance_gradient: one of `diffusion.guidance.GRADIENTS`: which branches a gradient goes through.
+
     Raises:
         ConfigError: unknown solver or a spec this family cannot be.
         RepresentationError: normaliser and spec name different representations.
@@ -144,6 +147,7 @@ class Generator(ABC):
         self.frozen: nn.Module = (nn.Module() if frozen is None else frozen).eval().requires_grad_(False)
         self.guidance = spec.guidance_scale if guidance is None else guidance
         self.solver_name, self.eta = solver, build.eta
+        self.guidance_gradient = "both"
 
     @property
     def features(self) -> int:
@@ -191,16 +195,31 @@ class Generator(ABC):
             )
         return self._table(num_steps)
 
+    def state_lengths(self, lengths_B: Tensor) -> Tensor:
+        """Return how many rows along the state's first axis hold a valid frame, (B,) int64."""
+        return lengths_B
+
+    def state_mask(self, state: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return (B, L, 1, ...) bool, True where the first axis of a state (B, L, ...) belongs to the clip."""
+        mask_BL = valid_mask(self.state_lengths(lengths_B), state.shape[1])
+        return mask_BL.reshape(*mask_BL.shape, *[1] * (state.dim() - 2))
+
     def predict(
         self, network: Callable[..., Tensor], x: Tensor, t: Tensor, condition: Condition, lengths_B: Tensor
     ) -> Tensor:
         """Return the guided native output for state x (B, ...) at model time t (0-dim or (B,)).
 
-        Caption and empty condition go through one network call of 2B rows.
+        Caption and empty condition go through one network call of 2B rows; where a gradient is wanted and
+        `guidance_gradient` is not "both", through two, the empty one without a graph.
         """
         t_B, keep_B = t.expand(len(x)), torch.ones(len(x), dtype=torch.bool, device=x.device)
         if self.guidance == 1.0:
             return self.call(network, x, t_B, condition, keep_B, lengths_B)
+        if self.guidance_gradient != "both" and torch.is_grad_enabled():
+            with torch.no_grad():
+                empty = self.call(network, x, t_B, condition, ~keep_B, lengths_B)
+            captioned = self.call(network, x, t_B, condition, keep_B, lengths_B)
+            return guide_captioned(captioned, empty, self.guidance, self.guidance_gradient == "caption_unscaled")
         doubled = Condition(
             double_rows(condition.tokens_BLD), double_rows(condition.mask_BL), double_rows(condition.pooled_BD)
         )
@@ -253,6 +272,10 @@ class Generator(ABC):
     @abstractmethod
     def decode(self, state: Tensor, lengths_B: Tensor) -> Tensor:
         """Return physical features (B, T, D) of a clean state, zeros beyond each length; differentiable."""
+
+    @abstractmethod
+    def encode(self, motion_BTD: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return the clean state of physical features (B, T, D); padding stays zero where states have frames."""
 
     @abstractmethod
     def pretrain_loss(

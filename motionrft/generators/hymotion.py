@@ -101,13 +101,13 @@ class HYMotionGenerator(Generator):
                 )
             )
 
-    def model_lengths(self, lengths_B: Tensor) -> Tensor:
+    def state_lengths(self, lengths_B: Tensor) -> Tensor:
         """Return how many model frames stand for so many motion frames, int64."""
         scaled = (lengths_B.double() * self.rate).round().long()
         return scaled.clamp(self.config.min_frames, self.config.train_frames)
 
     def _shape(self, num_frames: int) -> tuple[int, ...]:
-        return (int(self.model_lengths(torch.tensor(num_frames))), self.config.features)
+        return (int(self.state_lengths(torch.tensor(num_frames))), self.config.features)
 
     def _table(self, num_steps: int) -> SolverTable:
         return flow_euler_table(num_steps)
@@ -123,7 +123,7 @@ class HYMotionGenerator(Generator):
     ) -> Tensor:
         """Return the velocity; lengths are those of the motion."""
         # Engines in low precision round what they are given; the network sees 1000 t, so time stays in double.
-        return super().call(network, x, t_B.double(), condition, keep_B, self.model_lengths(lengths_B))
+        return super().call(network, x, t_B.double(), condition, keep_B, self.state_lengths(lengths_B))
 
     def decode(self, state: Tensor, lengths_B: Tensor) -> Tensor:
         """Return physical features (B, T, 135) of a clean state, zeros beyond each length; differentiable."""
@@ -136,7 +136,7 @@ class HYMotionGenerator(Generator):
     def _resample(self, motion_BMD: Tensor, frames: int, lengths_B: Tensor) -> Tensor:
         """Return (B, T, 135) read at model frame `rate` times i: linear, then rotations made orthonormal again."""
         place_T = torch.arange(frames, device=motion_BMD.device, dtype=torch.float64) * self.rate
-        last_B1 = (self.model_lengths(lengths_B) - 1)[:, None]
+        last_B1 = (self.state_lengths(lengths_B) - 1)[:, None]
         place_BT = torch.minimum(place_T[None], last_B1.double())
         before = place_BT.floor()
         share = (place_BT - before).to(motion_BMD.dtype)[..., None]

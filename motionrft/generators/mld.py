@@ -125,6 +125,11 @@ class LatentGenerator(Generator):
         del num_frames  # only decoding knows the length
         return (self.config.latent_tokens, self.config.latent_dim)
 
+    def state_mask(self, state: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return all True, (B, 1, 1): every entry of a latent is read."""
+        del lengths_B
+        return torch.ones(len(state), 1, 1, dtype=torch.bool, device=state.device)
+
     def decode(self, state: Tensor, lengths_B: Tensor) -> Tensor:
         """Return physical features (B, T, D) of latents, T the largest length, zeros beyond each; differentiable."""
         motion = self.latents.decode(state, lengths_B).to(torch.float32)

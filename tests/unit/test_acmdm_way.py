@@ -15,9 +15,9 @@ from motionrft.core.errors import CheckpointError, ConfigError
 from motionrft.core.plain import to_plain
 from motionrft.core.types import Condition, Representation, RewardTerms, valid_mask
 from motionrft.diffusion.denoise import initial_noise
-from motionrft.finetune.plan import Strategy
 from motionrft.finetune.step import Objective, rollout_step
 from motionrft.finetune.strategies import DRaFT, DRTune, EasyTune, ReFL
+from motionrft.finetune.strategy import Strategy
 from motionrft.generators.acmdm import ACMDMConfig, ACMDMGenerator
 from motionrft.generators.registry import GeneratorConfig
 from motionrft.generators.sampling import generate

@@ -7,17 +7,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from motionrft.core.errors import ConfigError
 from motionrft.core.memory import SavedTensorMeter
-from motionrft.core.protocols import GeneratorSpec, RewardModel
+from motionrft.core.protocols import GeneratorSpec, RewardModel, StepInfo
+from motionrft.core.rng import keyed_normal
 from motionrft.core.types import Condition, MotionBatch, Representation, RewardTerms, valid_mask
-from motionrft.finetune.plan import Strategy
+from motionrft.diffusion.denoise import initial_noise, sample
+from motionrft.diffusion.guidance import guide, guide_captioned
+from motionrft.finetune.rollout import Rollout
 from motionrft.finetune.step import Objective, rollout_step
-from motionrft.finetune.strategies import AlignProp, DRaFT, DRTune, EasyTune, ReFL
+from motionrft.finetune.strategies import AlignProp, DRaFT, DRaFTLV, DRTune, EasyTune, ReFL
+from motionrft.finetune.strategy import Strategy, step_weights
 from motionrft.generators.base import Build
 from motionrft.generators.mdm import MDMConfig, MDMGenerator
 from motionrft.generators.sampling import generate
@@ -34,9 +39,13 @@ ALL = [
     EasyTune(window=2, score="x_prev"),
     EasyTune(window=3, variant="chain"),
     EasyTune(window=3, variant="accumulate"),
+    EasyTune(window=3, variant="replay", replay_steps=2),
+    EasyTune(window=3, equal_gain=True),
     ReFL(last_steps=3),
     DRaFT(last_steps=2),
     DRaFT(last_steps=0),
+    DRaFT(last_steps=3, recompute=True),
+    DRaFTLV(samples=2),
     AlignProp(),
     AlignProp(mode="bernoulli"),
     DRTune(grad_steps=2, last_steps=3),
@@ -83,6 +92,10 @@ def make(dropout: float = 0.0, solver: str = "ddim", seed: int = 0) -> MDMGenera
     spec = GeneratorSpec("mdm", KIND, 20.0, 24, "stub", "x0", 1000, 2.5)
     statistics = Normalizer(torch.zeros(263), torch.ones(263), KIND)
     return MDMGenerator(Build(spec, statistics, 12, 12, solver), config)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
 def make_batch(rows: int = 4) -> MotionBatch:
@@ -142,7 +155,7 @@ def test_the_final_samples_reward_rises_under_every_strategy(strategy: Strategy)
 
 @pytest.mark.parametrize("strategy", ALL, ids=str)
 def test_without_learning_all_strategies_walk_the_same_path(strategy: Strategy, monkeypatch) -> None:
-    from motionrft.finetune import step as module
+    from motionrft.finetune import rollout as module
 
     generator = make()
     engine = make_engine(generator, lr=1e-45)
@@ -368,6 +381,122 @@ def test_chain_equals_accumulation_under_a_linear_update() -> None:
         results.append([p.detach() for p in generator.network.parameters()])
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+
+
+def gradient_of(strategy: Strategy, **changes: object) -> Tensor:
+    """The whole gradient that one rollout leaves, as one vector."""
+    generator = make(solver=changes.pop("solver", "ddim"))
+    generator.guidance_gradient = changes.pop("guidance_gradient", "both")
+    engine = make_engine(generator)
+    engine.step = lambda: StepInfo(True, 0.0, 0.0)  # type: ignore[method-assign]
+    run(engine, generator, strategy, **changes)
+    return torch.cat([p.grad.flatten() for p in generator.network.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+@pytest.mark.parametrize("score", ["x0_hat", "x_prev"])
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_replay_is_accumulation(steps: int, score: str, solver: str) -> None:
+    want = gradient_of(EasyTune(window=4, score=score, variant="accumulate"), solver=solver)
+    got = gradient_of(EasyTune(window=4, score=score, variant="replay", replay_steps=steps), solver=solver)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+
+
+def test_recomputed_activations_give_the_same_gradient_in_less_memory() -> None:
+    kept, again = DRaFT(last_steps=5), DRaFT(last_steps=5, recompute=True)
+    torch.testing.assert_close(gradient_of(again), gradient_of(kept), rtol=0, atol=0)
+    assert saved_bytes(again, 6) < 0.5 * saved_bytes(kept, 6)
+    states = saved_bytes(DRaFT(last_steps=0, recompute=True), 20) - saved_bytes(DRaFT(last_steps=0, recompute=True), 10)
+    state_bytes = 4 * 16 * 263 * 4
+    assert states == pytest.approx(10 * state_bytes, rel=0.01)
+
+
+def test_draft_lv_averages_the_last_step_with_the_sample_noised_again() -> None:
+    lv, total = gradient_of(DRaFTLV(samples=2)), gradient_of(DRaFTLV(samples=2, reduction="sum"))
+    torch.testing.assert_close(3 * lv, total, rtol=1e-4, atol=1e-5)
+    generator, batch, reward = make(), make_batch(), Toy()
+    table, last = generator.solver(6), 5
+    x_T = initial_noise(batch.keys_B, (16, 263), 0, "rollout", 0)
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return generator.predict(generator.network.eval(), x, t, batch.text, batch.lengths_B)
+
+    final = sample(table, predict, x_T)
+    level = float(table.noise_level[last])
+    for n in range(2):
+        noise = keyed_normal(batch.keys_B, (16, 263), "draft-lv", 0, 0, n)
+        z = (1 - level**2) ** 0.5 * final + level * noise
+        x0 = float(table.p[last]) * z + float(table.q[last]) * predict(z, table.model_time[last])
+        motion = generator.decode(x0, batch.lengths_B)
+        terms = reward.score(motion, batch.lengths_B, KIND, text_BE=batch.text.pooled_BD, terms=("semantic",))
+        (-terms.values["semantic"].mean()).backward()
+    extra = torch.cat([p.grad.flatten() for p in generator.network.parameters() if p.grad is not None])
+    torch.testing.assert_close(total, extra + gradient_of(DRaFT(last_steps=1)), rtol=1e-4, atol=1e-5)
+
+
+def test_equal_gain_weighs_by_the_inverse_of_the_samplers_factor() -> None:
+    table, plan = make().solver(6), EasyTune(window=3, equal_gain=True, score="x_prev").plan(6, 1.0, rng())
+    weights = step_weights(plan, table)
+    assert weights[:3] == [1.0] * 3 and sum(weights[3:]) == pytest.approx(3)
+    assert len({round(w * float(b.abs()), 6) for w, b in zip(weights[3:], table.b[3:], strict=True)}) == 1
+    assert step_weights(replace(plan, equal_gain=False), table) == [1.0] * 6
+
+
+def test_guidance_gradients_weigh_the_branches_as_they_say() -> None:
+    x = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    theta, phi = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.3, -0.4))
+    for kind, shared, own in (("both", 1.0, 7.5), ("caption", 7.5, 7.5), ("caption_unscaled", 1.0, 1.0)):
+        c, u = theta * x + phi, theta * x
+        out = guide(c, u, 7.5) if kind == "both" else guide_captioned(c, u, 7.5, kind == "caption_unscaled")
+        torch.testing.assert_close(out, guide(c, u, 7.5))
+        by_theta, by_phi = torch.autograd.grad(out.sum(), [theta, phi])
+        torch.testing.assert_close(by_theta, shared * x.sum(), atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(by_phi, torch.tensor(own * 5.0, dtype=torch.float64))
+
+
+def test_cut_guidance_keeps_one_branchs_graph() -> None:
+    both = gradient_of(DRaFT(last_steps=1))
+    cut, unscaled = (gradient_of(DRaFT(last_steps=1), guidance_gradient=k) for k in ("caption", "caption_unscaled"))
+    torch.testing.assert_close(cut, 2.5 * unscaled, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(cut, both, rtol=1e-2)
+
+
+def test_a_reached_ceiling_leaves_nothing_to_learn() -> None:
+    assert gradient_of(EasyTune(window=2), objective=Objective(ceiling=-1e9)).abs().max() == 0
+    free = gradient_of(EasyTune(window=2))
+    torch.testing.assert_close(gradient_of(EasyTune(window=2), objective=Objective(ceiling=1e9)), free)
+
+
+def test_the_pull_is_the_distance_to_the_reference_and_zero_at_it() -> None:
+    strategy, reference = EasyTune(window=1), make()
+    free = gradient_of(strategy)
+    held = gradient_of(strategy, objective=Objective(reference_pull=3.0), reference=reference)
+    torch.testing.assert_close(held, free)
+    other = make(seed=3)
+    metrics = run(make_engine(make()), make(), strategy, reference=other, objective=Objective(reference_pull=3.0))
+    assert metrics["loss/reference_pull"] > 0
+    moved = gradient_of(strategy, objective=Objective(reference_pull=3.0), reference=other)
+    assert not torch.allclose(moved, free)
+    with pytest.raises(ConfigError, match="reference_pull"):
+        gradient_of(strategy, objective=Objective(reference_pull=1.0))
+
+
+def test_repeated_prompts_are_neighbours_with_noise_of_their_own() -> None:
+    generator, batch = make(), make_batch()
+    rollout = Rollout(
+        make_engine(generator), generator, None, Toy(), batch,
+        objective=Objective(), num_steps=4, progress=0.0, step=0, seed=0, collective=RUNTIME,
+    )  # fmt: skip
+    group = rollout.repeated(3)
+    assert group.batch.captions == tuple(c for c in batch.captions for _ in range(3))
+    assert len(set(group.batch.keys_B.tolist())) == 12 and group.metrics is rollout.metrics
+    assert group.share == pytest.approx(rollout.share / 3)
+    one = Rollout(
+        make_engine(generator), generator, None, Toy(), batch.slice(1, 2),
+        objective=Objective(), num_steps=4, progress=0.0, step=0, seed=0, collective=RUNTIME,
+    )  # fmt: skip
+    frames = one.shape[0]
+    assert torch.equal(one.repeated(3).x_T, group.x_T[3:6, :frames])
 
 
 def test_a_nonfinite_reward_refuses_its_update_and_is_counted() -> None:

@@ -211,7 +211,7 @@ def test_default_network_is_small() -> None:
 def test_motion_frames_become_model_frames(frames: int, shape: int) -> None:
     generator = make(RELEASED)
     assert generator.state_shape(frames) == (shape, 201)
-    assert generator.model_lengths(torch.tensor([frames])).tolist() == [shape]
+    assert generator.state_lengths(torch.tensor([frames])).tolist() == [shape]
     assert make(replace(RELEASED, fps_mode="upstream")).state_shape(frames) == (max(frames, 6), 201)
 
 
@@ -264,7 +264,7 @@ def test_decoded_padding_is_zero_and_receives_no_gradient(config: HYMotionConfig
     mask = valid_mask(LENGTHS, 16)
     assert motion.shape == (5, 16, 135) and (motion[~mask] == 0).all() and (motion[mask] != 0).any(-1).all()
     (motion * torch.randn_like(motion)).sum().backward()
-    own = valid_mask(generator.model_lengths(LENGTHS), frames)
+    own = valid_mask(generator.state_lengths(LENGTHS), frames)
     assert (x.grad[~own] == 0).all() and x.grad.isfinite().all()
     assert (x.grad[..., 135:] == 0).all() and (x.grad[..., 20] == 0).all()
     learned = generator.frozen.learned_D.clone()

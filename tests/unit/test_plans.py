@@ -13,7 +13,7 @@ import motionrft.finetune.curriculum
 from motionrft.core.errors import ConfigError
 from motionrft.finetune.curriculum import curriculum_window
 from motionrft.finetune.plan import SAMPLE, StepAction, StepPlan
-from motionrft.finetune.strategies import STRATEGIES, AlignProp, DRaFT, DRTune, EasyTune, ReFL, Strategy
+from motionrft.finetune.strategies import STRATEGIES, AlignProp, DRaFT, DRaFTLV, DRTune, EasyTune, ReFL, Strategy
 
 ALL = [
     EasyTune(),
@@ -25,6 +25,7 @@ ALL = [
     DRaFT(),
     DRaFT(last_steps=0),
     DRaFT(last_steps=3),
+    DRaFTLV(),
     AlignProp(),
     AlignProp(mode="uniform"),
     AlignProp(mode="bernoulli", keep_prob=0.2),
@@ -198,7 +199,9 @@ def test_strategies_are_documented_frozen_dataclasses_of_plain_fields() -> None:
         (EasyTune, {"window": 0, "score": "x9"}),
         (EasyTune, {"sweep_ratio": 2.0}),
         (ReFL, {"last_steps": 0}),
+        (EasyTune, {"replay_steps": 0, "variant": "y"}),
         (DRaFT, {"last_steps": -1}),
+        (DRaFTLV, {"samples": 0, "reduction": "max"}),
         (AlignProp, {"keep_prob": 0.0, "mode": "x"}),
         (DRTune, {"grad_steps": 0}),
     ],

@@ -21,9 +21,9 @@ from motionrft.core.memory import SavedTensorMeter, peak_rss_bytes
 from motionrft.core.protocols import StepInfo
 from motionrft.core.rng import keyed_normal
 from motionrft.core.types import Condition, MotionBatch, Representation, RewardTerms
-from motionrft.finetune.plan import Strategy
 from motionrft.finetune.step import Objective, rollout_step
 from motionrft.finetune.strategies import DRaFT, EasyTune
+from motionrft.finetune.strategy import Strategy
 from motionrft.generators.registry import GeneratorConfig, TextSide, build_generator
 from motionrft.representations.normalize import Normalizer
 

@@ -1,18 +1,19 @@
 """Fine-tuning strategies by name: one small frozen dataclass each."""
 
-from motionrft.finetune.plan import Strategy
 from motionrft.finetune.strategies.alignprop import AlignProp
-from motionrft.finetune.strategies.draft import DRaFT
+from motionrft.finetune.strategies.draft import DRaFT, DRaFTLV
 from motionrft.finetune.strategies.drtune import DRTune
 from motionrft.finetune.strategies.easytune import EasyTune
 from motionrft.finetune.strategies.refl import ReFL
+from motionrft.finetune.strategy import Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "easytune": EasyTune,
     "refl": ReFL,
     "draft": DRaFT,
+    "draft_lv": DRaFTLV,
     "alignprop": AlignProp,
     "drtune": DRTune,
 }
 
-__all__ = ["STRATEGIES", "AlignProp", "DRTune", "DRaFT", "EasyTune", "ReFL", "Strategy"]
+__all__ = ["STRATEGIES", "AlignProp", "DRTune", "DRaFT", "DRaFTLV", "EasyTune", "ReFL", "Strategy"]

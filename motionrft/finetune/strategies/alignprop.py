@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from motionrft.core.errors import ConfigError
-from motionrft.finetune.plan import StepAction, StepPlan, Strategy
+from motionrft.finetune.plan import StepAction, StepPlan
 from motionrft.finetune.strategies.draft import chain_from
+from motionrft.finetune.strategy import PlannedStrategy
 
 MODES = ("truncated", "uniform", "bernoulli")
 
 
 @dataclass(frozen=True)
-class AlignProp(Strategy):
+class AlignProp(PlannedStrategy):
     """Chain from a random boundary to the final sample, or through randomly kept steps.
 
     Source: AlignProp's randomised truncation ("truncated": normal with mean 42 and deviation 5 of 50 steps).
@@ -30,6 +31,8 @@ class AlignProp(Strategy):
     """Standard deviation of the boundary as a fraction of S (truncated)."""
     keep_prob: float = 0.5
     """Probability that a step carries gradient (bernoulli)."""
+    recompute: bool = False
+    """Run network calls with gradient again in the backward pass instead of keeping their activations."""
 
     def __post_init__(self) -> None:
         """Report every contradiction at once."""
@@ -46,11 +49,11 @@ class AlignProp(Strategy):
     def plan(self, num_steps: int, progress: float, rng: np.random.Generator) -> StepPlan:
         """Return one chain to the final sample."""
         if num_steps == 1:
-            return chain_from(1, 0)
+            return chain_from(1, 0, self.recompute)
         if self.mode == "truncated":
-            return chain_from(num_steps, self._boundary(num_steps, rng))
+            return chain_from(num_steps, self._boundary(num_steps, rng), self.recompute)
         if self.mode == "uniform":
-            return chain_from(num_steps, int(rng.integers(num_steps)))
+            return chain_from(num_steps, int(rng.integers(num_steps)), self.recompute)
         kept = rng.random(num_steps) < self.keep_prob
         if not kept.any():
             kept[rng.integers(num_steps)] = True  # as likely as redrawing until one is kept, for small probabilities
@@ -66,7 +69,7 @@ class AlignProp(Strategy):
             )
             for i in range(num_steps)
         ]
-        return StepPlan(num_steps, tuple(actions), first, through_solver=True)
+        return StepPlan(num_steps, tuple(actions), first, through_solver=True, recompute=self.recompute)
 
     def _boundary(self, num_steps: int, rng: np.random.Generator) -> int:
         """Return b in 1 .. S-1: redrawn while outside, and clipped should that not end."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from motionrft.core.errors import ConfigError
-from motionrft.finetune.plan import StepAction, StepPlan, Strategy
+from motionrft.finetune.plan import StepAction, StepPlan
+from motionrft.finetune.strategy import PlannedStrategy
 
 
 @dataclass(frozen=True)
-class DRTune(Strategy):
+class DRTune(PlannedStrategy):
     """K evenly spaced steps learn from the clean estimate at a random one of the last M steps.
 
     Differs: upstream spreads the K steps over all S and loses those after the stop; here they lie before it.

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from motionrft.core.errors import ConfigError
-from motionrft.finetune.plan import SAMPLE, StepAction, StepPlan, Strategy
+from motionrft.finetune.plan import SAMPLE, StepAction, StepPlan
+from motionrft.finetune.strategy import PlannedStrategy
 
 
 @dataclass(frozen=True)
-class ReFL(Strategy):
+class ReFL(PlannedStrategy):
     """Stop at a random one of the last steps and learn from the clean estimate there.
 
     Differs: upstream's draw excludes the first of the last M steps; `last_steps` M - 1 gives the same.

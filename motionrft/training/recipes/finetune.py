@@ -256,8 +256,9 @@ def show_plan(recipe: FinetuneRecipe, moments: int = 5) -> str:
     lines += [f"{recipe.batches} batches of {recipe.batch_size} prompts, {recipe.updates} updates"]
     for index in range(moments):
         step = round(index * (recipe.batches - 1) / max(moments - 1, 1))
-        plan = recipe.strategy.plan(recipe.num_steps, step / recipe.batches, np.random.default_rng(step))
-        lines += [f"batch {step} of {recipe.batches} (noisiest step left):", plan.strip()]
+        rng = np.random.default_rng(step)
+        sketch = recipe.strategy.sketch(recipe.num_steps, step / recipe.batches, rng)
+        lines += [f"batch {step} of {recipe.batches} (noisiest step left):", sketch]
     return "\n".join(lines) + "\n"
 
 
