@@ -46,6 +46,9 @@ def coupled(runtime, config: Mapping[str, Any], folder: Path, data: Mapping[str,
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
         if step == config.get("refuse_at", -1):
+            if runtime.rank == 0:
+                with (folder / "refused").open("a") as handle:
+                    handle.write("x")
             raise NumericalError("reward is not finite for items walk_07")
         total = 0.0
         for inner in range(2):  # one batch, two engine steps

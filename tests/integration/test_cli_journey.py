@@ -205,11 +205,11 @@ def test_ctrl_c_on_ray_says_so_and_the_same_command_with_resume_goes_on(tmp_path
             process = subprocess.Popen(
                 [*command, *options], cwd=tmp_path, env=ENVIRONMENT, stdout=handle, stderr=subprocess.STDOUT
             )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 900  # only so that a hang ends; a loaded machine takes minutes
         while moment not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        return process.wait(60), log.read_text()
+        return process.wait(300), log.read_text()
 
     code, said = run_until(moment)
     assert (code, "stopped: " in said, "Traceback" in said) == (130, True, False), said[-2000:]

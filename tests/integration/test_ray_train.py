@@ -101,10 +101,9 @@ def test_killed_worker_resumes_to_the_same_loss_and_finished_stages_are_not_repe
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_stages_own_error_comes_back_as_raised_after_one_restart(session: None, tmp_path: Path) -> None:
-    started = time.monotonic()
     with pytest.raises(NumericalError, match="stage only: reward is not finite for items walk_07"):
         run_on_ray([Stage("only", COUPLED, {"batches": 6, "refuse_at": 3})], hardware=hardware(), run_dir=tmp_path)
-    assert time.monotonic() - started < 60
+    assert (tmp_path / "only" / "refused").read_text() == "xx"  # the first start and one restart, not more
 
 
 @pytest.mark.ray
