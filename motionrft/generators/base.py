@@ -255,6 +255,10 @@ class Generator(ABC):
         """Return physical features (B, T, D) of a clean state, zeros beyond each length; differentiable."""
 
     @abstractmethod
+    def encode(self, motion_BTD: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return the clean state (B, ...) of physical features (B, T, D) at the model's frame rate."""
+
+    @abstractmethod
     def pretrain_loss(
         self, network: Callable[..., Tensor], batch: MotionBatch, step: int, seed: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
