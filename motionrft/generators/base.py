@@ -275,7 +275,7 @@ class Generator(ABC):
 
     @abstractmethod
     def encode(self, motion_BTD: Tensor, lengths_B: Tensor) -> Tensor:
-        """Return the clean state of physical features (B, T, D); padding stays zero where states have frames."""
+        """Return the clean state (B, ...) of physical features (B, T, D) at the model's frame rate."""
 
     @abstractmethod
     def pretrain_loss(

@@ -59,7 +59,9 @@ def build_charts(curves: Mapping[str, Rows]) -> list[Chart]:
             continue
         if stage == "compare":
             titles = list(dict.fromkeys(str(row["chart"]) for row in rows))
-            charts += [grouped_bars(title, [row for row in rows if row["chart"] == title]) for title in titles]
+            for title in titles:
+                own = [row for row in rows if row["chart"] == title]
+                charts.append((series_lines if "x" in own[0] else grouped_bars)(title, own))
             continue
         charts += [chart for make in _STAGE_CHARTS if (chart := make(stage, rows)) is not None]
     return charts
@@ -223,24 +225,66 @@ def grouped_bars(title: str, rows: Rows) -> Chart:
     figure = graph.Figure()
     for i, series in enumerate(dict.fromkeys(str(row["series"]) for row in rows)):
         own = [row for row in rows if str(row["series"]) == series]
-        values = [number(row["value"]) for row in own]
-        above = [number(row.get("high")) - v for row, v in zip(own, values)]
-        below = [v - number(row.get("low")) for row, v in zip(own, values)]
         figure.add_trace(
             graph.Bar(
                 name=series,
                 x=[str(row["group"]) for row in own],
-                y=values,
+                y=[number(row["value"]) for row in own],
                 marker={"color": PALETTE[i % len(PALETTE)]},
-                error_y={
-                    "type": "data",
-                    "array": [v if math.isfinite(v) else 0 for v in above],
-                    "arrayminus": [v if math.isfinite(v) else 0 for v in below],
-                },
+                error_y=_whiskers(own),
             )
         )
     figure.update_layout(**_layout("", "percent"), barmode="group")
     return Chart(title, "Bars: mean; whiskers: 95 % interval.", _plain(figure))
+
+
+def series_lines(title: str, rows: Rows) -> Chart:
+    """Return a line per "series" over the number "x", with its interval where rows have one: a band, or whiskers.
+
+    A row is {"series", "x", "value"} and perhaps "low" and "high". The first row may say how it is drawn: "x_title",
+    "y_title", "caption"; "log" for a logarithmic value axis; "markers" for few measured points, drawn with whiskers.
+    """
+    graph = _graph_objects()
+    figure = graph.Figure()
+    look = rows[0]
+    markers = bool(look.get("markers"))
+    for i, series in enumerate(dict.fromkeys(str(row["series"]) for row in rows)):
+        own = [row for row in rows if str(row["series"]) == series]
+        x, color = [number(row["x"]) for row in own], PALETTE[i % len(PALETTE)]
+        values, lows, highs = ([_finite(row.get(key)) for row in own] for key in ("value", "low", "high"))
+        if not markers and all(v is not None for v in (*lows, *highs)):
+            band = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+            figure.add_scatter(x=x, y=lows, **band)
+            figure.add_scatter(x=x, y=highs, fill="tonexty", fillcolor=_faint(color), **band)
+        figure.add_scatter(
+            x=x,
+            y=values,
+            mode="lines+markers" if markers else "lines",
+            name=series,
+            line={"color": color, "width": 2},
+            error_y=_whiskers(own) if markers else None,
+        )
+    figure.update_layout(**_layout(str(look.get("x_title", "")), str(look.get("y_title", ""))))
+    if look.get("log"):
+        figure.update_yaxes(type="log")
+    return Chart(title, str(look.get("caption", "")), _plain(figure))
+
+
+def _whiskers(rows: Rows) -> dict[str, Any]:
+    """Return error bars from "low" to "high"; none where they are missing."""
+    values, lows, highs = ([number(row.get(key)) for row in rows] for key in ("value", "low", "high"))
+    above, below = [h - v for h, v in zip(highs, values)], [v - low for low, v in zip(lows, values)]
+    return {
+        "type": "data",
+        "array": [v if math.isfinite(v) else 0 for v in above],
+        "arrayminus": [v if math.isfinite(v) else 0 for v in below],
+    }
+
+
+def _faint(color: str) -> str:
+    """Return "#rrggbb" as a translucent colour."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.15)"
 
 
 def _names(rows: Rows) -> list[str]:

@@ -48,7 +48,8 @@ def write_report(
             "tables" list of {"title", "columns": [...], "rows": [[...]], "note"}, shown as they are;
             "timings" {stage: seconds}; "fingerprints" {what: hash}; "limits" list of further limits.
         curves: stage -> metric rows ({"step", "loss/total", ...}); "tune" -> one row per trial; "compare" -> bars
-            ({"chart", "group", "series", "value", "low", "high"}).
+            ({"chart", "group", "series", "value", "low", "high"}), or lines where "x" stands for "group"
+            (`charts.series_lines`).
         clips: motions to play.
         config_text: the resolved configuration.
         notes: remarks on this run.

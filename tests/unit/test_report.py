@@ -254,6 +254,30 @@ def test_gradient_norms_by_denoising_step_become_a_heat_map():
     assert chart.figure["data"][0]["z"][2] == [0.0, 2.0, 4.0, 6.0]
 
 
+def test_lines_over_numbers_have_bands_or_whiskers_and_share_a_stage_with_bars():
+    look = {"x_title": "denoising step", "y_title": "norm", "log": True, "caption": "What is left."}
+    lines = [
+        {"chart": "flow", "series": name, "x": i, "value": 10.0**-i, "low": 0.1**i / 2, "high": 0.1**i * 2, **look}
+        for name in ("step", "chain")
+        for i in range(3)
+    ]
+    points = [
+        {"chart": "memory", "series": "easytune", "x": n, "value": 3.0, "high": 4.0, "markers": 1} for n in (5, 9)
+    ]
+    bars = [{"chart": "bars", "series": "a", "group": "g", "value": 2.0, "low": 1.5, "high": 2.25}]
+    flow, memory, bar = charts.build_charts({"compare": [*lines, *points, *bars]})
+    assert [t["name"] for t in flow.figure["data"] if t.get("showlegend", True)] == ["step", "chain"]
+    assert flow.figure["data"][0]["y"] == [0.5, 0.05, 0.1**2 / 2] and flow.figure["data"][1]["fill"] == "tonexty"
+    assert flow.figure["layout"]["yaxis"]["type"] == "log" and flow.caption == "What is left."
+    assert flow.figure["layout"]["xaxis"]["title"]["text"] == "denoising step"
+    (line,) = memory.figure["data"]
+    assert line["mode"] == "lines+markers" and line["x"] == [5.0, 9.0]
+    assert line["error_y"]["array"] == [1.0, 1.0] and line["error_y"]["arrayminus"] == [0, 0]
+    assert bar.figure["data"][0]["error_y"]["array"] == [0.25] and bar.figure["data"][0]["type"] == "bar"
+    gap = charts.series_lines("t", [{"series": "a", "x": i, "value": v} for i, v in enumerate((1.0, math.nan))])
+    assert gap.figure["data"][0]["y"] == [1.0, None]
+
+
 def test_missing_values_leave_gaps_in_lines():
     norm = next(c for c in charts.build_charts(CURVES) if "gradient" in c.title)
     assert norm.figure["data"][0]["y"] == [1.0, None, 1.0, 1.0, 1.0]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 
+import pytest
 import torch
 from torch import nn
 
-from motionrft.core.memory import SavedTensorMeter, peak_rss_bytes
+from motionrft.core.memory import SavedTensorMeter, memory_trace, peak_rss_bytes
 from motionrft.evaluation.benchmarks import memory
+from motionrft.finetune.strategies import STRATEGIES, EasyTune
 
 
 def test_known_graphs_have_known_sizes() -> None:
@@ -73,8 +75,67 @@ def test_measured_rollouts_are_flat_for_easytune_and_linear_for_full_backpropaga
     assert full[1] == 2 * full[0] or abs(full[1] / full[0] - 2) < 0.02
 
 
-def test_benchmark_reports_both_methods_by_step_count() -> None:
-    result = memory.run(num_steps=(2,))
-    assert set(result) >= {f"{m}_{k}" for m in ("easytune", "full_backprop") for k in ("saved_bytes", "peak_rss_bytes")}
-    assert set(result["easytune_saved_bytes"]) == {"2"}
+def test_benchmark_reports_methods_by_step_count() -> None:
+    chosen = {name: memory.METHODS[name] for name in ("full_backprop", "sampling")}
+    result = memory.run(num_steps=(2, 3), methods=chosen)
+    assert set(result) >= {f"{m}_{k}" for m in chosen for k in ("saved_bytes", "peak_rss_bytes")}
+    two, three = result["full_backprop_saved_bytes"].values()
+    assert list(result["full_backprop_saved_bytes"]) == ["2", "3"]
+    assert result["bytes_per_step"] == {"full_backprop": three - two, "sampling": 0.0}
+    assert result["growth"] == {"full_backprop": three / two, "sampling": 1.0}
     assert result["full_backprop_peak_rss_bytes"]["2"] > 0
+
+
+def test_every_strategy_is_measured_by_default() -> None:
+    differentiating = {s for s in STRATEGIES.values() if s.differentiates_reward}
+    assert {type(s) for s in memory.METHODS.values() if s is not None} == differentiating
+    assert memory.measure("sampling", 2)["saved_bytes"] == 0
+    windows = [memory.measure(EasyTune(window=k, timesteps="last"), 3)["saved_bytes"] for k in (1, 3)]
+    assert windows[0] == windows[1] > 0
+
+
+def test_the_trace_follows_what_is_kept() -> None:
+    x = torch.ones(100, requires_grad=True)
+    with SavedTensorMeter(trace_points=50) as meter:
+        y = x.exp()
+        z = y.exp()
+        z.sum().backward()
+    assert [kept for _, kept in meter.trace] == [0, 400, 800, 400, 0, 0]
+    seconds = [at for at, _ in meter.trace]
+    assert seconds == sorted(seconds) and seconds[0] >= 0
+    with SavedTensorMeter() as silent:
+        x.exp()
+    assert silent.trace == [] and silent.peak_bytes == 400
+
+
+def test_a_long_trace_keeps_its_highs_and_lows_and_both_ends() -> None:
+    kept: list[torch.Tensor] = []
+
+    def run() -> None:
+        for length in range(1, 200):
+            x = torch.ones(300 if length == 77 else 100, requires_grad=True)
+            x.exp().sum().backward()
+        kept.append(torch.ones(50, requires_grad=True).exp())
+
+    seconds, live = memory_trace(run, points=20)
+    assert len(live) <= 21 and len(seconds) == len(live) and seconds == sorted(seconds)
+    assert max(live) == 1200 and min(live) == 0 == live[0] and live[-1] == 200
+    with pytest.raises(ValueError, match="points"):
+        memory_trace(run, points=4)
+
+
+def test_a_rollouts_trace_shows_every_update_of_easytune_and_one_hill_of_full_backpropagation() -> None:
+    peaks = {}
+    for name in ("easytune", "full_backprop"):
+        _, live = memory.trace(name, 5)
+        assert live[0] == live[-1] == 0 and len(set(live)) > 5
+        top = max(live)
+        # A hill: from below half to above 0.9 of the top.
+        hills, low = 0, True
+        for value in live:
+            if low and value > 0.9 * top:
+                hills, low = hills + 1, False
+            low = low or value < 0.5 * top
+        peaks[name] = (hills, top)
+    assert peaks["easytune"][0] == 5 and peaks["full_backprop"][0] == 1
+    assert peaks["full_backprop"][1] > 4 * peaks["easytune"][1]

@@ -1,4 +1,4 @@
-"""Memory of fine-tuning against the number of denoising steps: EasyTune against backpropagation through all of them.
+"""Memory of fine-tuning against the number of denoising steps, for every strategy and for sampling without gradient.
 
 Each measurement runs in its own process, so that peak resident memory belongs to it alone. The generator is the small
 MDM with its default sizes, the reward a differentiable toy: what grows with the steps is the generator's graph.
@@ -10,89 +10,148 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from motionrft.core.errors import NumericalError, explain
-from motionrft.core.memory import SavedTensorMeter, peak_rss_bytes
+from motionrft.core.memory import SavedTensorMeter, memory_trace, peak_rss_bytes
+from motionrft.core.plain import from_plain, to_plain
 from motionrft.core.protocols import StepInfo
 from motionrft.core.rng import keyed_normal
 from motionrft.core.types import Condition, MotionBatch, Representation, RewardTerms
 from motionrft.finetune.step import Objective, rollout_step
-from motionrft.finetune.strategies import DRaFT, EasyTune
+from motionrft.finetune.strategies import AlignProp, DRaFT, DRaFTLV, DRTune, EasyTune, ReFL
 from motionrft.finetune.strategy import Strategy
 from motionrft.generators.registry import GeneratorConfig, TextSide, build_generator
+from motionrft.generators.sampling import generate
 from motionrft.representations.normalize import Normalizer
 
-METHODS: dict[str, Strategy] = {
+METHODS: dict[str, Strategy | None] = {
     "easytune": EasyTune(window=10, timesteps="last"),
     "full_backprop": DRaFT(last_steps=0),
+    "draft": DRaFT(),
+    "draft_lv": DRaFTLV(),
+    "alignprop": AlignProp(),
+    "drtune": DRTune(),
+    "refl": ReFL(),
+    "sampling": None,
 }
+"""What is measured by default; None samples without gradient."""
 NUM_STEPS = (10, 20, 50, 100)
 _BATCH, _FRAMES, _TEXT = 2, 40, 32
 
 
-def run(num_steps: Sequence[int] = NUM_STEPS) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Case:
+    """One measurement, as its process is told."""
+
+    num_steps: int
+    strategy: Strategy | None = None
+
+
+def run(num_steps: Sequence[int] = NUM_STEPS, methods: Mapping[str, Strategy | None] = METHODS) -> dict[str, Any]:
     """Return peak live saved bytes and peak resident bytes of one rollout, per method and number of steps.
 
-    Keys: `easytune_saved_bytes`, `full_backprop_saved_bytes`, `easytune_peak_rss_bytes`,
-    `full_backprop_peak_rss_bytes`, each {str(steps): bytes}; `parameters`, `batch` and `frames` say of what.
+    Keys: `METHOD_saved_bytes` and `METHOD_peak_rss_bytes`, each {str(steps): bytes}; `growth` {METHOD: most over least
+    saved bytes; 1 = the steps do not matter} and `bytes_per_step` {METHOD: slope of the line through the saved bytes};
+    `parameters`, `batch` and `frames` say of what.
+
+    Args:
+        num_steps: numbers of denoising steps.
+        methods: name -> strategy; None = sampling without gradient.
 
     Raises:
         NumericalError: a measuring process failed.
     """
     result: dict[str, Any] = {"parameters": 0, "batch": _BATCH, "frames": _FRAMES}
-    for method in METHODS:
-        for steps in num_steps:
-            found = _in_process(method, steps)
-            result["parameters"] = found["parameters"]
-            for key in ("saved_bytes", "peak_rss_bytes"):
-                result.setdefault(f"{method}_{key}", {})[str(steps)] = found[key]
-    return result
+    growth: dict[str, float] = {}
+    slopes: dict[str, float] = {}
+    for method, strategy in methods.items():
+        found = {steps: _in_process(method, _Case(steps, strategy)) for steps in num_steps}
+        for key in ("saved_bytes", "peak_rss_bytes"):
+            result[f"{method}_{key}"] = {str(steps): one[key] for steps, one in found.items()}
+        result["parameters"] = found[num_steps[0]]["parameters"]
+        saved = [found[steps]["saved_bytes"] for steps in num_steps]
+        growth[method] = max(saved) / max(min(saved), 1) if any(saved) else 1.0
+        slopes[method] = _slope(num_steps, saved)
+    return {**result, "growth": growth, "bytes_per_step": slopes}
 
 
-def measure(method: str, num_steps: int) -> dict[str, int]:
-    """Return saved_bytes, peak_rss_bytes and parameters of one rollout in this process."""
+def measure(method: str | Strategy | None, num_steps: int) -> dict[str, int]:
+    """Return saved_bytes, peak_rss_bytes and parameters of one rollout in this process.
+
+    Args:
+        method: a name in `METHODS`, a strategy, or None = sampling without gradient.
+        num_steps: denoising steps S.
+    """
+    rollout, weights = _rollout(method, num_steps)
+    with SavedTensorMeter(ignore=weights) as meter:
+        rollout()
+    return {
+        "saved_bytes": meter.peak_bytes,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "parameters": sum(p.numel() for p in weights),
+    }
+
+
+def trace(method: str | Strategy | None, num_steps: int) -> tuple[list[float], list[int]]:
+    """Return (seconds, saved bytes) over one rollout in this process; arguments as `measure`. Source: Fig. 9."""
+    rollout, weights = _rollout(method, num_steps)
+    return memory_trace(rollout, ignore=weights)
+
+
+def _rollout(method: str | Strategy | None, num_steps: int) -> tuple[Callable[[], object], list[nn.Parameter]]:
+    """Return what is measured, and the weights of the network it runs."""
+    strategy = METHODS[method] if isinstance(method, str) else method
     torch.manual_seed(0)
     kind = Representation.KINEMATIC
     statistics = Normalizer(torch.zeros(kind.dim), torch.ones(kind.dim), kind)
     config = GeneratorConfig(max_frames=_FRAMES)
     generator = build_generator(config, statistics, TextSide("benchmark", _TEXT, _TEXT), fps=20.0)
-    engine = _PlainEngine(generator.network)
-    with SavedTensorMeter(ignore=generator.network.parameters()) as meter:
-        rollout_step(
-            engine,
+    weights, batch = list(generator.network.parameters()), _toy_batch()
+    if strategy is None:
+        return partial(generate, generator, None, batch.prompt, batch.lengths_B, batch.keys_B, num_steps, 0), weights
+    return (
+        partial(
+            rollout_step,
+            _PlainEngine(generator.network),
             generator,
             None,
             _ToyReward(),
-            _toy_batch(),
+            batch,
             objective=Objective(),
-            strategy=METHODS[method],
+            strategy=strategy,
             num_steps=num_steps,
             progress=1.0,
             step=0,
             seed=0,
             collective=_Alone(),
-        )
-    return {
-        "saved_bytes": meter.peak_bytes,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "parameters": sum(p.numel() for p in generator.network.parameters()),
-    }
+        ),
+        weights,
+    )
 
 
-def _in_process(method: str, steps: int) -> dict[str, int]:
-    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, method, str(steps)]
+def _slope(x: Sequence[int], y: Sequence[int]) -> float:
+    """Return the least-squares slope; 0 for one point."""
+    middle_x, middle_y = sum(x) / len(x), sum(y) / len(y)
+    spread = sum((v - middle_x) ** 2 for v in x)
+    return sum((v - middle_x) * (w - middle_y) for v, w in zip(x, y)) / spread if spread else 0.0
+
+
+def _in_process(method: str, case: _Case) -> dict[str, int]:
+    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, json.dumps(to_plain(case))]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
     if done.returncode != 0:
         raise NumericalError(
             explain(
                 "a measurement",
                 f"exit code {done.returncode}: {done.stderr.strip()[-400:]}",
-                f"memory benchmark, {method} at {steps} steps",
+                f"memory benchmark, {method} at {case.num_steps} steps",
                 "Free some memory, or measure fewer steps.",
             )
         )
@@ -188,4 +247,5 @@ class _Alone:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(measure(sys.argv[1], int(sys.argv[2]))) + "\n")
+    told = from_plain(_Case, json.loads(sys.argv[1]))
+    sys.stdout.write(json.dumps(measure(told.strategy, told.num_steps)) + "\n")
