@@ -1,6 +1,6 @@
 """How should EasyTune weigh its reward terms, how fast should its window move, and how wide should it be?
 
-Metric: `val/score`, R-precision on validation minus what FID and jerk got worse (`recipes.finetune.validation_score`);
+Metric: `val/score`, R-precision on validation minus what FID and jerk got worse (`recipes.watch.validation_score`);
 never the training reward, which every trial can raise by hacking it.
 """
 

@@ -53,6 +53,7 @@ class LoopResult:
     refused_steps: int
     metrics: Mapping[str, float]  # the last logged values
     checkpoint: Path | None
+    stopped: str = ""  # why it ended before its last batch
 
 
 def run_loop(
@@ -68,7 +69,9 @@ def run_loop(
     checkpoint_every: int = 100,
     ema: Ema | None = None,
     extras: Mapping[str, Stateful] | None = None,
+    on_start: Callable[[], Mapping[str, float] | None] | None = None,
     on_step: Callable[[int], Mapping[str, float] | None] | None = None,
+    stop: Callable[[], str] | None = None,
     item_ids: Callable[[int], Sequence[str]] | None = None,
     max_refused_in_row: int = 10,
     progress_every_s: float = 10.0,
@@ -89,8 +92,11 @@ def run_loop(
         checkpoint_every: batches between checkpoints; one is always written at the end.
         ema: parameter average, updated after each batch that changed the parameters.
         extras: further state to save, by file stem.
+        on_start: called once before the first batch of the run; returned metrics get row 0.
         on_step: called with the number of batches done, before a checkpoint; returned metrics (e.g. validation) get
             their own row, and are recorded in a checkpoint written at the same point.
+        stop: asked after every batch why the run should end here, "" = it should not; the same answer on every rank.
+            A run that ended so does not go on when it is started again.
         item_ids: item ids of batch `step`, for messages.
         max_refused_in_row: batches in a row with a refused (non-finite) step before giving up.
         progress_every_s: seconds between progress lines.
@@ -106,28 +112,37 @@ def run_loop(
     start = run.resume(metrics)
     progress = Progress(total_steps, start=start, every_s=progress_every_s, enabled=runtime.rank == 0)
     logged = dict(run.last_metrics)
+    done = start
+    if on_start is not None and run.path is None:
+        if first := on_start():
+            metrics.write(0, mean_over_ranks(first, runtime))
     with _Interrupts(enabled=runtime.world == 1) as interrupts:
-        for step in range(start, total_steps):
+        for step in range(start, start if run.stopped else total_steps):
             values = run.batch(body, step)
             done = step + 1
             if ema is not None and run.moved and ema.due(done):
                 ema.update(engine.trainable_tensors())
             run.means.update(values)
             run.check_refusals(step, max_refused_in_row, item_ids)
-            if done % log_every == 0 or done == total_steps:
+            found = on_step(done) if on_step is not None else None
+            found = mean_over_ranks(found, runtime) if found else {}
+            run.stopped = stop() if stop is not None and done < total_steps else ""
+            last = done == total_steps or bool(run.stopped)
+            if done % log_every == 0 or last:
                 logged = mean_over_ranks(run.means.means(), runtime) | {"optim/refused_steps": float(run.refused)}
                 metrics.write(done, logged)
                 run.means.reset()
-            found = on_step(done) if on_step is not None else None
-            found = mean_over_ranks(found, runtime) if found else {}
             if found:
                 metrics.write(done, found)
             progress.update(done, {k: v for k, v in values.items() if k in ("loss/total", "reward/total")})
-            if done % checkpoint_every == 0 or done == total_steps or interrupts.requested:
+            if done % checkpoint_every == 0 or last or interrupts.requested:
                 run.save(done, {**logged, **found})
-            if interrupts.requested and done < total_steps:
+            if run.stopped:
+                _LOG.info("ended after batch %d of %d: %s", done, total_steps, run.stopped)
+                break
+            if interrupts.requested and not last:
                 raise KeyboardInterrupt(_stopped(done, run.path))
-    return LoopResult(max(start, total_steps), engine.steps, run.refused, logged, run.path)
+    return LoopResult(done, engine.steps, run.refused, logged, run.path, run.stopped)
 
 
 def mean_over_ranks(values: Mapping[str, float], runtime: Runtime) -> dict[str, float]:
@@ -160,6 +175,7 @@ class _Run:
         self.refused = 0
         self.refused_in_row = 0
         self.moved = False
+        self.stopped = ""
 
     def resume(self, metrics: MetricsWriter) -> int:
         """Restore the latest checkpoint, if any, and return the first batch to run."""
@@ -167,13 +183,14 @@ class _Run:
         # Nobody writes before everybody has read the same folder.
         self.runtime.barrier()
         if checkpoint is None:
-            metrics.rewind(0)
+            metrics.rewind(-1)
             return 0
         saved = checkpoint.snapshot
         self._restore(checkpoint)
         counters = saved.state["counters"]
         self.refused, self.refused_in_row = counters["refused"], counters["refused_in_row"]
         self.means.import_state(saved.state["running_means"])
+        self.stopped = saved.state.get("stopped", "")  # earlier versions always ran to their end
         self.path, self.last_metrics = checkpoint.path, checkpoint.metrics
         metrics.rewind(saved.batches)
         _LOG.info("continuing from %s (batch %d)", checkpoint.path, saved.batches)
@@ -256,6 +273,7 @@ class _Run:
                     "seeding": {"scheme": "counter", "seed": self.seed, "next_batch": done},
                     "counters": {"refused": self.refused, "refused_in_row": self.refused_in_row},
                     "running_means": running,
+                    "stopped": self.stopped,
                 },
             )
             try:

@@ -8,33 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from motionrft.core.errors import ConfigError, DataError, explain
+from motionrft.core.errors import ConfigError
 from motionrft.core.plain import from_plain, to_plain
 from motionrft.core.protocols import Runtime
 from motionrft.core.rng import derive_seed
 from motionrft.core.types import Representation
-from motionrft.evaluation.protocol import Scores
+from motionrft.diffusion.guidance import GRADIENTS
 from motionrft.finetune.step import SIMILARITY_TARGETS, Objective, rollout_step
 from motionrft.finetune.strategies import EasyTune, Strategy
 from motionrft.generators.base import Generator
 from motionrft.generators.lora import Adapter, adapter_for, add_adapter
 from motionrft.reward.terms import LEARNED_TERMS, TERMS, import_terms
 from motionrft.training.checkpoint import Card, CheckpointStore
+from motionrft.training.ema import Ema
 from motionrft.training.loop import run_loop
 from motionrft.training.metrics import MetricsWriter
 from motionrft.training.optim import OptimConfig
 from motionrft.training.recipes.common import BatchSource, Split, close, whole_parameters
-from motionrft.training.recipes.evaluate import EvaluateRecipe, RewardFolders, ScoreJob, score, validation_recipe
-from motionrft.training.recipes.generator_files import (
-    Fixed,
-    load_description,
-    load_generator,
-    save_adapter,
-    save_weights,
-)
+from motionrft.training.recipes.evaluate import EvaluateRecipe, RewardFolders, validation_recipe
+from motionrft.training.recipes.generator_files import load_description, load_generator
 from motionrft.training.recipes.reward import require_text_encoder
+from motionrft.training.recipes.watch import Probe, Snapshots, Stopwatch, Store, Validation, save_once
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,13 @@ class FinetuneRecipe:
     similarity_target: str = "reference"
     """"reference": what the frozen generator makes of the same noise (paper). "ground_truth": the clip (released
     code)."""
+    reward_ceiling: float | None = None
+    """Total reward above which nothing is gained (`Objective.ceiling`); null = none."""
+    reference_pull: float = 0.0
+    """Weight of the squared distance to the clean estimates of the generator the run starts from; 0 = none. Up to a
+    factor per denoising step the KL divergence of the two samplers."""
+    guidance_gradient: str = "both"
+    """Branches of classifier-free guidance with gradient: both | caption | caption_unscaled (`diffusion.guidance`)."""
     num_steps: int = 50
     """Denoising steps S."""
     batches: int = 200
@@ -69,6 +71,20 @@ class FinetuneRecipe:
     """Adapters are scaled by lora_alpha / lora_rank."""
     lora_preset: str = ""
     """Which layers get adapters, by the family's name for the choice; "" = its first."""
+    ema_decay: float = 0.0
+    """Average of the trained parameters, moved once a batch; what is probed, validated and saved. 0 = none."""
+    max_seconds: float = 0.0
+    """End after this many seconds of training; probes, validation and checkpoints are not counted. The rate and the
+    curriculum still follow `batches`. 0 = no limit."""
+    probe_every: int = 0
+    """Batches between rewards of final samples for fixed held-out prompts, also before the first batch and at the end
+    (probe/reward/..., against probe/train_seconds and probe/updates); 0 = never."""
+    probe_clips: int = 16
+    """How many prompts: the first ones of the validation split."""
+    snapshot_updates: tuple[int, ...] = ()
+    """Keep a model in snapshots/updates_N at the first batch boundary with N updates."""
+    snapshot_seconds: tuple[float, ...] = ()
+    """Keep a model in snapshots/seconds_T at the first batch boundary after T seconds of training."""
     log_every: int = 1
     """Batches between metric rows."""
     checkpoint_every: int = 50
@@ -96,7 +112,17 @@ class FinetuneRecipe:
             ),
             *((getattr(self, n) >= 1, f"{n} must be at least 1") for n in ("batches", "batch_size", "log_every")),
             (self.checkpoint_every >= 1, "checkpoint_every must be at least 1"),
-            (self.validate_every >= 0, "validate_every must not be negative"),
+            *(
+                (getattr(self, n) >= 0, f"{n} must not be negative, got {getattr(self, n)}")
+                for n in ("validate_every", "probe_every", "reference_pull", "max_seconds")
+            ),
+            (self.probe_clips >= 1, "probe_clips must be at least 1"),
+            (self.guidance_gradient in GRADIENTS, f"guidance_gradient must be one of {GRADIENTS}"),
+            (0.0 <= self.ema_decay < 1.0, f"ema_decay must be in [0, 1), got {self.ema_decay}"),
+            (
+                all(n > 0 for n in (*self.snapshot_updates, *self.snapshot_seconds)),
+                "snapshot_updates and snapshot_seconds must be positive: the model to start from is there already",
+            ),
             (self.lora_rank is None or self.lora_rank >= 0, f"lora_rank must not be negative, got {self.lora_rank}"),
             (self.lora_alpha > 0, f"lora_alpha must be positive, got {self.lora_alpha}"),
         ]
@@ -146,7 +172,10 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
         weights={n: w for n, w in recipe.weights.items() if w or n in known},
         terms=tuple(n for n in job.reward.terms if n not in recipe.weights and n in known),
         similarity_target=recipe.similarity_target,
+        ceiling=recipe.reward_ceiling,
+        reference_pull=recipe.reference_pull,
     )
+    generator.guidance_gradient = recipe.guidance_gradient
     reward.check_terms(objective.driving, generator.spec.representation)
     kinds = [generator.spec.representation] if recipe.similarity_target == "ground_truth" else []
     seed = derive_seed("finetune", job.seed)
@@ -154,15 +183,35 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
     batches = BatchSource(split, kinds or [Representation.JOINT], frames, recipe.batch_size, seed, runtime)
     adapter = _prepare(generator, recipe, seed)
     engine = runtime.build_engine(generator.network, replace(recipe.optim, total_steps=recipe.updates))
+    ema = Ema(engine.trainable_tensors(), recipe.ema_decay) if recipe.ema_decay else None
     description, fixed = load_description(job.generator)
     card = Card(
         description.kind, {**description.config, "origin": {"finetune": to_plain(job)}}, description.fingerprints
     )
     _write_plan(recipe, folder, runtime)
-    store = _Store(adapter, reference, card, fixed, Path(job.generator))
-    validate = _Validation(job, folder, store) if recipe.validate_every else None
+    store = Store(adapter, reference, card, fixed, Path(job.generator))
+    watch = Stopwatch(runtime, runtime.device)
+    snapshots = Snapshots(folder / "snapshots", recipe.snapshot_updates, recipe.snapshot_seconds)
+    probe = validate = None
+    if recipe.probe_every:
+        held_out = Split.open(job.dataset, "val", data).prompting(generator.spec.text_encoder)
+        probe = Probe(
+            engine, ema, generator, reference, reward, objective, held_out,
+            clips=recipe.probe_clips, num_steps=recipe.num_steps, max_frames=frames, runtime=runtime,
+        )  # fmt: skip
+    if recipe.validate_every:
+        validate = Validation(job.dataset, job.generator, job.evaluators, job.validation, folder, store)
+    began = {"updates": 0.0, "seconds": 0.0}
+
+    def position() -> dict[str, float]:
+        return {"updates": float(engine.steps), "seconds": watch.seconds}
+
+    def out_of_time() -> bool:
+        return 0.0 < recipe.max_seconds <= watch.seconds
 
     def body(step: int) -> dict[str, float]:
+        began.update(position())
+        watch.start()
         return rollout_step(
             engine,
             generator,
@@ -178,10 +227,27 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
             collective=runtime,
         )
 
-    def on_step(done: int) -> Mapping[str, float] | None:
-        if validate is None or (done % recipe.validate_every and done != recipe.batches):
-            return None
-        return validate(runtime, whole_parameters(engine, None), done, engine.steps)
+    def probed() -> dict[str, float]:
+        if probe is None:
+            return {}
+        return {**probe(), "probe/train_seconds": watch.seconds, "probe/updates": float(engine.steps)}
+
+    def on_step(done: int) -> dict[str, float]:
+        watch.stop()
+        found: dict[str, float] = {}
+        ends = done == recipe.batches or out_of_time()
+        if due := snapshots.crossed(began, position()):
+            weights = whole_parameters(engine, ema)
+            for place in due if runtime.rank == 0 else []:
+                save_once(store, place, weights, done, engine.steps)
+        if probe is not None and (ends or done % recipe.probe_every == 0):
+            found |= probed()
+        if validate is not None and (ends or done % recipe.validate_every == 0):
+            found |= validate(runtime, whole_parameters(engine, ema), done, engine.steps)
+        return found
+
+    def stop() -> str:
+        return f"{recipe.max_seconds:g} seconds of training are over" if out_of_time() else ""
 
     with MetricsWriter(folder / "metrics.jsonl", enabled=runtime.rank == 0) as metrics:
         outcome = run_loop(
@@ -194,15 +260,26 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
             seed=seed,
             log_every=recipe.log_every,
             checkpoint_every=recipe.checkpoint_every,
+            ema=ema,
+            extras={"stopwatch": watch},
+            on_start=probed,
             on_step=on_step,
+            stop=stop,
             item_ids=batches.item_ids,
         )
-    weights = whole_parameters(engine, None)
+    weights = whole_parameters(engine, ema)
     if runtime.rank == 0:
         store.save(folder / "model", weights, outcome.step, outcome.optimizer_steps)
     close(engine)
     last = {name: value for name, value in outcome.metrics.items() if name.startswith(("reward/", "optim/"))}
-    return {"updates": outcome.optimizer_steps, "last": last, **(validate.last if validate is not None else {})}
+    return {
+        "updates": outcome.optimizer_steps,
+        "batches": outcome.step,
+        "train_seconds": watch.seconds,
+        "stopped": outcome.stopped,
+        "last": last,
+        **(validate.last if validate is not None else {}),
+    }
 
 
 def _prepare(generator: Generator, recipe: FinetuneRecipe, seed: int) -> Adapter | None:
@@ -218,26 +295,6 @@ def _prepare(generator: Generator, recipe: FinetuneRecipe, seed: int) -> Adapter
     for name, parameter in generator.network.named_parameters():
         parameter.requires_grad_(not name.startswith(model.kept_in_finetuning or ("\0",)))
     return None
-
-
-@dataclass(frozen=True)
-class _Store:
-    """How the tuned weights are kept: an adapter beside its base, or the whole model."""
-
-    adapter: Adapter | None
-    reference: Generator
-    card: Card
-    fixed: Fixed
-    base: Path
-
-    def save(self, place: Path, trained: Mapping[str, Tensor], done: int, steps: int) -> None:
-        """Write the trained tensors (whole, by name) to PLACE."""
-        if self.adapter is not None:
-            save_adapter(place, trained, self.card, self.adapter, self.base, done, steps)
-            return
-        # What was not trained is what it was in the reference, which no engine has taken apart.
-        weights = {**dict(self.reference.network.named_parameters()), **trained}
-        save_weights(place, weights, self.card, self.fixed, done, steps)
 
 
 def _write_plan(recipe: FinetuneRecipe, folder: Path, runtime: Runtime) -> None:
@@ -260,66 +317,3 @@ def show_plan(recipe: FinetuneRecipe, moments: int = 5) -> str:
         sketch = recipe.strategy.sketch(recipe.num_steps, step / recipe.batches, rng)
         lines += [f"batch {step} of {recipe.batches} (noisiest step left):", sketch]
     return "\n".join(lines) + "\n"
-
-
-class _Validation:
-    """Scores the generator on validation clips; rank 0 does it, all ranks learn the values."""
-
-    def __init__(self, job: FinetuneJob, folder: Path, store: _Store) -> None:
-        if not job.evaluators:
-            raise ConfigError("finetune.validate_every needs an evaluator: set inputs.evaluators, or set it to 0")
-        self.job, self.folder, self.store = job, folder / "validation", store
-        self.base: Scores | None = None
-        self.last: dict[str, Any] = {}
-
-    def __call__(
-        self, runtime: Runtime, weights: Mapping[str, Any], done: int, optimizer_steps: int
-    ) -> dict[str, float]:
-        found = dict.fromkeys(("val/r_precision_top1", "val/fid", "val/jerk", "val/score"), 0.0)
-        if runtime.rank == 0:
-            if self.base is None:
-                self.base = self._score("base", self.job.generator)
-                if "fid" not in self.base.values:
-                    raise DataError(
-                        explain(
-                            f"a {self.job.validation.split} split large enough for R-precision and FID",
-                            "one that is too small",
-                            self.job.dataset,
-                            "Set finetune.validate_every=0, or prepare more clips.",
-                        )
-                    )
-            place = self.folder / f"model_{done}"
-            self.store.save(place, weights, done, optimizer_steps)
-            tuned = self._score(f"tuned_{done}", str(place))
-            keys = ("r_precision_top1", "fid", "jerk")
-            found = {f"val/{key}": tuned.values[key] for key in keys}
-            found["val/score"] = validation_score(self.base.values, tuned.values)
-            base = {key: self.base.values[key] for key in keys}
-            self.last = {"validation": {**found, "base": base, "batches": done}}
-        # The loop averages over ranks; the others report the same by adding nothing but their share.
-        return {name: value * runtime.world for name, value in found.items()} if runtime.world > 1 else found
-
-    def _score(self, row: str, generator: str) -> Scores:
-        name, folder = next(iter(self.job.evaluators.items()))
-        job = ScoreJob(
-            dataset=self.job.dataset,
-            row=row,
-            seed=0,
-            generator=generator,
-            base_motions="",
-            motions=str(self.folder / f"{row}.npz"),
-            evaluators={name: folder},
-            reward=RewardFolders(),
-            weights={},
-            recipe=self.job.validation,
-        )
-        return score(job)[name]
-
-
-def validation_score(base: Mapping[str, float], tuned: Mapping[str, float]) -> float:
-    """Return the number a search maximises: R@1, minus what FID and jerk got worse, each as a share of the base's.
-
-    Retrieval alone rewards shaking and drifting; the two penalties are the report's own targets.
-    """
-    worse = [max(0.0, tuned[key] / max(base[key], 1e-9) - 1.0) for key in ("fid", "jerk")]
-    return tuned["r_precision_top1"] - sum(worse)
