@@ -80,6 +80,12 @@ class MotionGenerator(Protocol):
         """Guided native output for the state x at model time t, through `network` (bare module or engine)."""
         ...
 
+    def conditional(
+        self, network: Callable[..., Tensor], x: Tensor, t: Tensor, condition: Condition, lengths_B: Tensor
+    ) -> Tensor:
+        """Native output given the captions, without guidance: what training errors compare with noise or clean data."""
+        ...
+
     def decode(self, state: Tensor, lengths_B: Tensor) -> Tensor:
         """Physical features (B, T, D) of a clean state; differentiable; zeros beyond each length."""
         ...

@@ -212,9 +212,9 @@ class Generator(ABC):
         Caption and empty condition go through one network call of 2B rows; where a gradient is wanted and
         `guidance_gradient` is not "both", through two, the empty one without a graph.
         """
-        t_B, keep_B = t.expand(len(x)), torch.ones(len(x), dtype=torch.bool, device=x.device)
         if self.guidance == 1.0:
-            return self.call(network, x, t_B, condition, keep_B, lengths_B)
+            return self.conditional(network, x, t, condition, lengths_B)
+        t_B, keep_B = t.expand(len(x)), torch.ones(len(x), dtype=torch.bool, device=x.device)
         if self.guidance_gradient != "both" and torch.is_grad_enabled():
             with torch.no_grad():
                 empty = self.call(network, x, t_B, condition, ~keep_B, lengths_B)
@@ -227,6 +227,13 @@ class Generator(ABC):
             network, double_rows(x), double_rows(t_B), doubled, torch.cat([keep_B, ~keep_B]), double_rows(lengths_B)
         )
         return guide_doubled(out, self.guidance)
+
+    def conditional(
+        self, network: Callable[..., Tensor], x: Tensor, t: Tensor, condition: Condition, lengths_B: Tensor
+    ) -> Tensor:
+        """Return the native output given the captions, without guidance. Arguments as `predict`."""
+        keep_B = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        return self.call(network, x, t.expand(len(x)), condition, keep_B, lengths_B)
 
     def call(
         self,

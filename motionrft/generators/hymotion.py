@@ -106,6 +106,10 @@ class HYMotionGenerator(Generator):
         scaled = (lengths_B.double() * self.rate).round().long()
         return scaled.clamp(self.config.min_frames, self.config.train_frames)
 
+    def state_mask(self, state: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return (B, M, D) bool, True in the clip's model frames for features that vary: constant ones are not read."""
+        return super().state_mask(state, lengths_B) & self.frozen.learned_D
+
     def _shape(self, num_frames: int) -> tuple[int, ...]:
         return (int(self.state_lengths(torch.tensor(num_frames))), self.config.features)
 

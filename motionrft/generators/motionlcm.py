@@ -145,6 +145,12 @@ class MotionLCMGenerator(LatentGenerator):
         guidance_BG = guidance_embedding((scale - 1.0).expand(len(x)), self.config.guidance_dim)
         return network(x, time.long().expand(len(x)), condition.pooled_BD, guidance_BG)
 
+    def conditional(
+        self, network: Callable[..., Tensor], x: Tensor, t: Tensor, condition: Condition, lengths_B: Tensor
+    ) -> Tensor:
+        """Return what `predict` does: guidance is an input of this network, which never learned to go without."""
+        return self.predict(network, x, t, condition, lengths_B)
+
     def training(self, stage: str, teacher: Generator | None = None) -> Training:
         """Return how stage "distill" learns from an MLD generator, whose weights and latent space it starts with.
 

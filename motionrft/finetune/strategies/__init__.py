@@ -1,10 +1,12 @@
 """Fine-tuning strategies by name: one small frozen dataclass each."""
 
 from motionrft.finetune.strategies.alignprop import AlignProp
+from motionrft.finetune.strategies.dpo import DiffusionDPO
 from motionrft.finetune.strategies.draft import DRaFT, DRaFTLV
 from motionrft.finetune.strategies.drtune import DRTune
 from motionrft.finetune.strategies.easytune import EasyTune
 from motionrft.finetune.strategies.refl import ReFL
+from motionrft.finetune.strategies.sopo import SoPo
 from motionrft.finetune.strategy import Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -14,6 +16,19 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "draft_lv": DRaFTLV,
     "alignprop": AlignProp,
     "drtune": DRTune,
+    "dpo": DiffusionDPO,
+    "sopo": SoPo,
 }
 
-__all__ = ["STRATEGIES", "AlignProp", "DRTune", "DRaFT", "DRaFTLV", "EasyTune", "ReFL", "Strategy"]
+__all__ = [
+    "STRATEGIES",
+    "AlignProp",
+    "DRTune",
+    "DRaFT",
+    "DRaFTLV",
+    "DiffusionDPO",
+    "EasyTune",
+    "ReFL",
+    "SoPo",
+    "Strategy",
+]

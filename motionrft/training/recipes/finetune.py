@@ -177,7 +177,8 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
     )
     generator.guidance_gradient = recipe.guidance_gradient
     reward.check_terms(objective.driving, generator.spec.representation)
-    kinds = [generator.spec.representation] if recipe.similarity_target == "ground_truth" else []
+    clips = recipe.similarity_target == "ground_truth" or recipe.strategy.needs_motions
+    kinds = [generator.spec.representation] if clips else []
     seed = derive_seed("finetune", job.seed)
     frames = min(recipe.max_frames, generator.spec.max_frames)
     batches = BatchSource(split, kinds or [Representation.JOINT], frames, recipe.batch_size, seed, runtime)
