@@ -26,6 +26,7 @@ VERBS = {
     "reward evaluate": ("motionrft.cli.reward", "retrieval, preference and authenticity of a reward, with intervals"),
     "reward ablate": ("motionrft.cli.reward", "the reward with and without SPL, sharing, or noise"),
     "finetune": ("motionrft.cli.train", "fine-tune a generator on the reward"),
+    "compare": ("motionrft.cli.compare", "fine-tuning methods side by side on one model"),
     "merge-adapters": ("motionrft.cli.merge_adapters", "low-rank adapters and their base -> one whole model"),
     "tune": ("motionrft.cli.tune", "search over `finetune` with Ray Tune"),
     "generate": ("motionrft.cli.generate", "captions -> motions"),

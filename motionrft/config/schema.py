@@ -8,6 +8,7 @@ from motionrft.config.hardware import HardwareConfig
 from motionrft.config.prepare import PrepareConfig
 from motionrft.core.errors import ConfigError
 from motionrft.generators.registry import GeneratorConfig
+from motionrft.training.recipes.compare import CompareRecipe
 from motionrft.training.recipes.evaluate import EvaluateRecipe, RewardFolders
 from motionrft.training.recipes.evaluators import EvaluatorRecipe
 from motionrft.training.recipes.finetune import FinetuneRecipe
@@ -107,6 +108,8 @@ class RunConfig:
     """The authenticity adapter."""
     finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
     """Reward fine-tuning."""
+    compare: CompareRecipe = field(default_factory=CompareRecipe)
+    """Fine-tuning methods side by side."""
     evaluate: EvaluateRecipe = field(default_factory=EvaluateRecipe)
     """Scoring."""
     quickstart: QuickstartConfig = field(default_factory=QuickstartConfig)

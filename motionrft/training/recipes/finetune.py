@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from motionrft.core.errors import ConfigError
+from motionrft.core.errors import CheckpointError, ConfigError, explain
 from motionrft.core.plain import from_plain, to_plain
 from motionrft.core.protocols import Runtime
 from motionrft.core.rng import derive_seed
@@ -29,7 +29,10 @@ from motionrft.training.recipes.common import BatchSource, Split, close, whole_p
 from motionrft.training.recipes.evaluate import EvaluateRecipe, RewardFolders, validation_recipe
 from motionrft.training.recipes.generator_files import load_description, load_generator
 from motionrft.training.recipes.reward import require_text_encoder
-from motionrft.training.recipes.watch import Probe, Snapshots, Stopwatch, Store, Validation, save_once
+from motionrft.training.recipes.watch import Probe, Snapshots, Stopwatch, Store, Validation, kept_snapshots, save_once
+from motionrft.training.stages import RECORD, read_json
+
+_RACE = 1000  # a run until its snapshots may take so many times the planned batches, so that it ends
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class FinetuneRecipe:
     """Keep a model in snapshots/updates_N at the first batch boundary with N updates."""
     snapshot_seconds: tuple[float, ...] = ()
     """Keep a model in snapshots/seconds_T at the first batch boundary after T seconds of training."""
+    until_snapshots: bool = False
+    """End when the last of these models is kept, be it before or after `batches`; the curriculum follows `batches`."""
     log_every: int = 1
     """Batches between metric rows."""
     checkpoint_every: int = 50
@@ -154,6 +159,8 @@ class FinetuneJob:
     """Name -> model folder; the first one scores validation."""
     validation: EvaluateRecipe = field(default_factory=lambda: validation_recipe(EvaluateRecipe()))
     """How validation is scored."""
+    as_long_as: str = ""
+    """Folder of a finished fine-tuning stage whose training seconds are one more of `snapshot_seconds`."""
 
 
 def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,7 +199,9 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
     _write_plan(recipe, folder, runtime)
     store = Store(adapter, reference, card, fixed, Path(job.generator))
     watch = Stopwatch(runtime, runtime.device)
-    snapshots = Snapshots(folder / "snapshots", recipe.snapshot_updates, recipe.snapshot_seconds)
+    snapshots = Snapshots(folder / "snapshots", recipe.snapshot_updates, (*recipe.snapshot_seconds, *_as_long_as(job)))
+    # Methods differ in updates per batch and seconds per update: only the snapshots say when a race is over.
+    total = recipe.batches * _RACE if recipe.until_snapshots else recipe.batches
     probe = validate = None
     if recipe.probe_every:
         held_out = Split.open(job.dataset, "val", data).prompting(generator.spec.text_encoder)
@@ -207,8 +216,11 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
     def position() -> dict[str, float]:
         return {"updates": float(engine.steps), "seconds": watch.seconds}
 
-    def out_of_time() -> bool:
-        return 0.0 < recipe.max_seconds <= watch.seconds
+    def stop() -> str:
+        if recipe.until_snapshots and snapshots.all_reached(position()):
+            return "every snapshot is kept"
+        out_of_time = 0.0 < recipe.max_seconds <= watch.seconds
+        return f"{recipe.max_seconds:g} seconds of training are over" if out_of_time else ""
 
     def body(step: int) -> dict[str, float]:
         began.update(position())
@@ -222,7 +234,7 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
             objective=objective,
             strategy=recipe.strategy,
             num_steps=recipe.num_steps,
-            progress=step / recipe.batches,
+            progress=min(step / recipe.batches, 1.0),
             step=step,
             seed=seed,
             collective=runtime,
@@ -236,24 +248,21 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
     def on_step(done: int) -> dict[str, float]:
         watch.stop()
         found: dict[str, float] = {}
-        ends = done == recipe.batches or out_of_time()
+        ends = done == total or bool(stop())
         if due := snapshots.crossed(began, position()):
             weights = whole_parameters(engine, ema)
             for place in due if runtime.rank == 0 else []:
-                save_once(store, place, weights, done, engine.steps)
+                save_once(store, place, weights, done, position())
         if probe is not None and (ends or done % recipe.probe_every == 0):
             found |= probed()
         if validate is not None and (ends or done % recipe.validate_every == 0):
             found |= validate(runtime, whole_parameters(engine, ema), done, engine.steps)
         return found
 
-    def stop() -> str:
-        return f"{recipe.max_seconds:g} seconds of training are over" if out_of_time() else ""
-
     with MetricsWriter(folder / "metrics.jsonl", enabled=runtime.rank == 0) as metrics:
         outcome = run_loop(
             body,
-            total_steps=recipe.batches,
+            total_steps=total,
             engine=engine,
             runtime=runtime,
             checkpoints=CheckpointStore(folder / "checkpoints", card),
@@ -278,9 +287,26 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
         "batches": outcome.step,
         "train_seconds": watch.seconds,
         "stopped": outcome.stopped,
+        "snapshots": kept_snapshots(folder / "snapshots"),
         "last": last,
         **(validate.last if validate is not None else {}),
     }
+
+
+def _as_long_as(job: FinetuneJob) -> tuple[float, ...]:
+    """Return the training seconds of the run that sets the time, if one does.
+
+    Raises:
+        CheckpointError: it is not finished.
+    """
+    if not job.as_long_as:
+        return ()
+    record = read_json(Path(job.as_long_as) / RECORD)
+    if record is None:
+        raise CheckpointError(
+            explain("a finished fine-tuning stage", f"no {RECORD}", job.as_long_as, "Run the stages in order.")
+        )
+    return (float(record["result"]["train_seconds"]),)
 
 
 def _prepare(generator: Generator, recipe: FinetuneRecipe, seed: int) -> Adapter | None:

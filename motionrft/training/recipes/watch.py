@@ -29,8 +29,10 @@ from motionrft.training.loop import mean_over_ranks
 from motionrft.training.recipes.common import Split
 from motionrft.training.recipes.evaluate import EvaluateRecipe, RewardFolders, ScoreJob, score
 from motionrft.training.recipes.generator_files import Fixed, save_adapter, save_weights
+from motionrft.training.stages import read_json, write_json
 
 clock = time.perf_counter
+_POSITION = "position.json"
 VALIDATED = ("r_precision_top1", "fid", "jerk")
 """Held-out metrics of a validation."""
 
@@ -95,11 +97,25 @@ class Snapshots:
         """Return the folders due between two positions {"updates": u, "seconds": s}."""
         return [place for place, unit, mark in self._marks if before[unit] < mark <= now[unit]]
 
+    def all_reached(self, now: Mapping[str, float]) -> bool:
+        """Return whether no model is still to be kept."""
+        return all(mark <= now[unit] for _, unit, mark in self._marks)
 
-def save_once(store: Store, place: Path, trained: Mapping[str, Tensor], done: int, steps: int) -> None:
-    """Write a model unless PLACE has one: after a crash, seconds pass at other batches than before."""
+
+def save_once(
+    store: Store, place: Path, trained: Mapping[str, Tensor], done: int, position: Mapping[str, float]
+) -> None:
+    """Write a model and its position unless PLACE has them: after a crash, seconds pass at other batches."""
+    if (place / _POSITION).exists():
+        return
     if latest(place) is None:
-        store.save(place, trained, done, steps)
+        store.save(place, trained, done, int(position["updates"]))
+    write_json(place / _POSITION, {"batches": done, **position})
+
+
+def kept_snapshots(folder: Path) -> dict[str, Any]:
+    """Return name -> {"batches", "updates", "seconds"} of the models kept on the way."""
+    return {place.parent.name: read_json(place) for place in sorted(folder.glob(f"*/{_POSITION}"))}
 
 
 class Probe:

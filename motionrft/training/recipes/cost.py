@@ -1,0 +1,155 @@
+"""Recipe: what one rollout of each fine-tuning method costs on this model: seconds, network calls, live activations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from motionrft.core.memory import SavedTensorMeter, memory_trace
+from motionrft.core.plain import from_plain
+from motionrft.core.protocols import Runtime
+from motionrft.core.rng import derive_seed
+from motionrft.core.types import Representation
+from motionrft.finetune.step import Objective, rollout_step
+from motionrft.finetune.strategies import EasyTune, Strategy
+from motionrft.training.recipes.common import BatchSource, Split, close
+from motionrft.training.recipes.evaluate import RewardFolders
+from motionrft.training.recipes.finetune import FinetuneRecipe
+from motionrft.training.recipes.generator_files import load_generator
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method to measure."""
+
+    strategy: Strategy = field(default_factory=EasyTune)
+    """How it learns."""
+    weights: dict[str, float] = field(default_factory=lambda: {"semantic": 1.0})
+    """Reward term -> weight."""
+
+
+@dataclass(frozen=True)
+class CostJob:
+    """Which methods, on which model."""
+
+    dataset: str
+    generator: str
+    reward: RewardFolders
+    seed: int = 0
+    recipe: FinetuneRecipe = field(default_factory=FinetuneRecipe)
+    """Batch size, steps, lengths; its strategy and weights are not read."""
+    methods: dict[str, Method] = field(default_factory=dict)
+    """Name -> method."""
+    rollouts: int = 3
+    """Timed rollouts per method, after one that is not counted."""
+    steps: tuple[int, ...] = ()
+    """Numbers of denoising steps at which live activations are measured as well."""
+
+
+def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Stage: return per method seconds, activation memory and network calls of one rollout.
+
+    Every rank takes part; what is returned is rank 0's. Keys per method: "seconds_per_rollout", "seconds_per_update",
+    "updates_per_rollout", "network_rows_with_gradient", "network_rows", "saved_bytes" (most live bytes that autograd
+    keeps), "accelerator_bytes" (on CUDA), "saved_bytes_by_steps" {S: bytes}, "trace" [[seconds, bytes], ...].
+    """
+    job = from_plain(CostJob, config, "cost")
+    split = Split.open(job.dataset, "train", data)
+    reward = job.reward.load(runtime.device)
+    found = {}
+    for name, method in job.methods.items():
+        found[name] = _measure(runtime, job, split, reward, method)
+    folder.mkdir(parents=True, exist_ok=True)
+    return {"methods": found, "batch_size": job.recipe.batch_size, "num_steps": job.recipe.num_steps}
+
+
+def _measure(runtime: Runtime, job: CostJob, split: Split, reward: Any, method: Method) -> dict[str, Any]:
+    recipe, seed = job.recipe, derive_seed("cost", job.seed)
+    generator, reference = (load_generator(job.generator, runtime.device) for _ in range(2))
+    reference.network.requires_grad_(False)
+    clips = recipe.similarity_target == "ground_truth" or method.strategy.needs_motions
+    kinds = [generator.spec.representation] if clips else [Representation.JOINT]
+    frames = min(recipe.max_frames, generator.spec.max_frames)
+    batches = BatchSource(split.prompting(generator.spec.text_encoder), kinds, frames, recipe.batch_size, seed, runtime)
+    # The rate is next to nothing: every method is measured on the model it would start from.
+    optim = replace(recipe.optim, lr=1e-12, schedule="constant", total_steps=0)
+    engine = runtime.build_engine(generator.network, optim)
+    calls = _Calls(engine.module)
+
+    def rollout(step: int, num_steps: int) -> float:
+        started = time.perf_counter()
+        rollout_step(
+            engine,
+            generator,
+            reference,
+            reward,
+            batches(step),
+            objective=Objective(weights=method.weights, similarity_target=recipe.similarity_target),
+            strategy=method.strategy,
+            num_steps=num_steps,
+            progress=1.0,
+            step=step,
+            seed=seed,
+            collective=runtime,
+        )
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize(runtime.device)
+        return time.perf_counter() - started
+
+    rollout(0, recipe.num_steps)
+    calls.reset()
+    if runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(runtime.device)
+    seconds = [rollout(1 + i, recipe.num_steps) for i in range(job.rollouts)]
+    counted = {name: rows / job.rollouts for name, rows in calls.rows.items()}
+    saved = [_saved(engine.module, lambda i=i: rollout(1 + i, recipe.num_steps)) for i in range(job.rollouts)]
+    trace = memory_trace(lambda: rollout(1, recipe.num_steps), engine.module.parameters(), points=200)
+    by_steps = {str(s): _saved(engine.module, lambda s=s: rollout(1, s)) for s in job.steps}
+    updates = method.strategy.updates_per_rollout(recipe.num_steps)
+    measured = {
+        "seconds_per_rollout": sum(seconds) / len(seconds),
+        "seconds_per_update": sum(seconds) / len(seconds) / updates,
+        "updates_per_rollout": updates,
+        "network_rows": counted["plain"] + counted["gradient"],
+        "network_rows_with_gradient": counted["gradient"],
+        "saved_bytes": max(saved),
+        "trace": [list(point) for point in zip(*trace, strict=True)],
+        "saved_bytes_by_steps": by_steps,
+    }
+    if runtime.device.type == "cuda":
+        measured["accelerator_bytes"] = torch.cuda.max_memory_allocated(runtime.device)
+    calls.remove()
+    close(engine)
+    return measured
+
+
+def _saved(module: torch.nn.Module, rollout: Any) -> int:
+    with SavedTensorMeter(ignore=module.parameters()) as meter:
+        rollout()
+    return meter.peak_bytes
+
+
+class _Calls:
+    """Rows that go through the network, with and without gradient."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.rows = {"plain": 0, "gradient": 0}
+        self._handle = module.register_forward_pre_hook(self._count)
+
+    def _count(self, _module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        tensor = next(value for value in inputs if isinstance(value, Tensor))
+        self.rows["gradient" if torch.is_grad_enabled() else "plain"] += len(tensor)
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self.rows = dict.fromkeys(self.rows, 0)
+
+    def remove(self) -> None:
+        """Stop counting."""
+        self._handle.remove()
