@@ -30,7 +30,7 @@ class SavedTensorMeter:
     Attributes:
         live_bytes: kept now.
         peak_bytes: largest `live_bytes` so far.
-        trace: (seconds since entering, bytes kept from then on), thinned so that highs and lows stay.
+        trace: (seconds since entering, bytes kept from then on), complete once the context is left.
     """
 
     def __init__(self, ignore: Iterable[Tensor] = (), trace_points: int = 0) -> None:
@@ -38,6 +38,8 @@ class SavedTensorMeter:
         self.peak_bytes = 0
         self.trace: list[tuple[float, int]] = []
         self._trace_points, self._started = trace_points, time.perf_counter()
+        self._recent: list[tuple[float, int]] = []
+        self._stride = 1
         self._ignored = {t.untyped_storage().data_ptr() for t in ignore}
         self._holders: dict[int, int] = {}  # storage address -> live holders; a held storage cannot be reused
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -53,7 +55,7 @@ class SavedTensorMeter:
     ) -> None:
         self._hooks.__exit__(kind, error, trace)
         if self._trace_points:
-            self.trace.append(self._point())  # the end stays, whatever is thinned
+            self.trace += [*_extremes(self._recent), self._point()]
 
     def _pack(self, tensor: Tensor) -> _Holder:
         holder = _Holder(tensor)
@@ -80,22 +82,27 @@ class SavedTensorMeter:
         return time.perf_counter() - self._started, self.live_bytes
 
     def _note(self) -> None:
-        """Add the present to the trace. Of four neighbours the lowest and the highest stay when it grows too long."""
+        """Add the present to the trace: of every few changes the lowest and the highest, of more as it gets longer."""
         if not self._trace_points:
             return
-        self.trace.append(self._point())
+        self._recent.append(self._point())
+        if len(self._recent) >= 2 * self._stride:
+            self.trace += _extremes(self._recent)
+            self._recent = []
         if len(self.trace) > self._trace_points:
-            groups = [self.trace[i : i + 4] for i in range(0, len(self.trace), 4)]
-            ends = [{min(four, key=_bytes), max(four, key=_bytes)} for four in groups]
-            self.trace = [point for two in ends for point in sorted(two)]
+            self.trace = [kept for i in range(0, len(self.trace), 4) for kept in _extremes(self.trace[i : i + 4])]
+            self._stride *= 2
 
     @staticmethod
     def _unpack(holder: _Holder) -> Tensor:
         return holder.tensor
 
 
-def _bytes(point: tuple[float, int]) -> int:
-    return point[1]
+def _extremes(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Return the points with the fewest and the most bytes, in order of time."""
+    if not points:
+        return []
+    return sorted({min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])})
 
 
 class _Holder:

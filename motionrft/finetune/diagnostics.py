@@ -194,7 +194,8 @@ def noise_similarity(
 
     The state at level s is sqrt(1 - s^2) x0 + s eps, with one eps per clip at all levels; that is also how rewards
     read the states of flows. Cosines with the clean state: `labelled` of reward embeddings that are told the level,
-    `unlabelled` of those told that it is clean, `features` of the decoded motion, `state` of the state itself.
+    `unlabelled` of those told that it is clean, `features` of the decoded motion in physical units (mostly the mean
+    pose, which noise leaves alone), `state` of the state itself.
 
     Args:
         generator: decodes, and says which levels its sampler visits.

@@ -112,7 +112,7 @@ def clips(rows: int = 3, text: int = 12, features: int = 263) -> MotionBatch:
 
 
 def reward(motion_BTD: Tensor, level: float) -> Tensor:
-    return -0.5 * (motion_BTD - GOAL).square().sum((1, 2))
+    return -0.5 * (1.0 + level) * (motion_BTD - GOAL).square().sum((1, 2))
 
 
 def multipliers(table: SolverTable) -> Tensor:
@@ -182,19 +182,20 @@ def test_direct_and_chained_reward_gradients_have_their_closed_forms(name: str, 
     found = reward_gradients(path, reward, scored)
     m, scale = multipliers(table), torch.ones(7).double() if table.scale is None else table.scale
 
-    def pull(state: Tensor, factor: float = 1.0) -> Tensor:
-        """The reward's gradient at a state it reads as factor * state."""
+    def pull(state: Tensor, index: int | None = None) -> Tensor:
+        """The reward's gradient at x_index, which it reads as scale * state at its level; None = a clean estimate."""
+        factor, level = (1.0, 0.0) if index is None else (float(scale[index]), float(table.noise_level[index]))
         valid = path.decode(torch.ones_like(state))
-        return factor * (GOAL - factor * state.double()) * valid
+        return (1.0 + level) * factor * (GOAL - factor * state.double()) * valid
 
-    end = pull(path.states[-1], float(scale[-1]))
+    end = pull(path.states[-1], 6)
     for i in range(6):
         at_state = end * m[i + 1 :].prod()
         if scored == "x0_hat":
             clean = (table.p[i] + table.q[i] * THETA[i]) * path.states[i].double()
             own = table.q[i] * pull(clean)
         else:
-            own = table.b[i] * pull(path.states[i + 1], float(scale[i + 1]))
+            own = table.b[i] * pull(path.states[i + 1], i + 1)
         chained = table.b[i] * at_state
         for got, want in (
             (found.direct_SB[i], own.flatten(1).norm(dim=1)),

@@ -108,18 +108,24 @@ def test_the_trace_follows_what_is_kept() -> None:
     assert silent.trace == [] and silent.peak_bytes == 400
 
 
-def test_a_long_trace_keeps_its_highs_and_lows_and_both_ends() -> None:
+def test_a_long_trace_is_thinned_evenly_and_keeps_its_highs_lows_and_ends() -> None:
     kept: list[torch.Tensor] = []
 
     def run() -> None:
-        for length in range(1, 200):
-            x = torch.ones(300 if length == 77 else 100, requires_grad=True)
-            x.exp().sum().backward()
-        kept.append(torch.ones(50, requires_grad=True).exp())
+        held = torch.ones(50, requires_grad=True).exp()
+        for i in range(1, 501):
+            torch.ones(2000 if i == 177 else i, requires_grad=True).exp().sum().backward()
+            if i == 320:  # the only dip
+                del held
+                held = torch.ones(50, requires_grad=True).exp()
+        kept.append(held)
 
-    seconds, live = memory_trace(run, points=20)
-    assert len(live) <= 21 and len(seconds) == len(live) and seconds == sorted(seconds)
-    assert max(live) == 1200 and min(live) == 0 == live[0] and live[-1] == 200
+    seconds, live = memory_trace(run, points=100)
+    assert 50 <= len(live) <= 110 and len(seconds) == len(live) and seconds == sorted(seconds)
+    assert max(live) == 8200 and live.count(0) == 2 and live[0] == 0 and live[-1] == 200
+    hills = [value for value in live if 200 < value < 8200]  # each as high as it is late
+    early = sum(value < 200 + 4 * 250 for value in hills)
+    assert hills == sorted(hills) and 0.3 < early / len(hills) < 0.7
     with pytest.raises(ValueError, match="points"):
         memory_trace(run, points=4)
 
