@@ -26,6 +26,7 @@ from motionrft.training.metrics import check_metric_name
 from motionrft.training.optim import OptimConfig
 from motionrft.training.runtime_local import LocalRuntime
 from motionrft.training.single import SingleEngine
+from tests import hymotion_fixtures
 from tests.unit.test_finetune_step import KIND, RUNTIME, Toy, make, make_batch, make_engine, run
 
 DPO, SOPO = DiffusionDPO(samples=3, draws=2), SoPo(draws=2, threshold=0.0)
@@ -42,6 +43,13 @@ class Ranked(Toy):
     def score(self, motion_BTD: Tensor, *args, **kwargs) -> RewardTerms:
         assert not motion_BTD.requires_grad
         return RewardTerms({"semantic": self.scale * motion_BTD[:, 0, 0]})
+
+
+class Mean(Toy):
+    """The mean feature, of captions of any size."""
+
+    def score(self, motion_BTD: Tensor, *args, **kwargs) -> RewardTerms:
+        return RewardTerms({"semantic": motion_BTD.mean((1, 2))})
 
 
 class Still(SingleEngine):
@@ -126,6 +134,13 @@ def test_clips_fill_the_state_of_a_model_that_always_runs_whole() -> None:
     generator.config = replace(generator.config, mask_frames=False, frames_per_token=1)
     rollout = rollout_of(generator, batch, Ranked(), make())
     assert SOPO.pairs(rollout).preferred.shape == (4, 24, 263)
+
+
+def test_clips_reach_a_model_of_another_frame_rate() -> None:
+    generator, batch = hymotion_fixtures.make(hymotion_fixtures.RELEASED), hymotion_fixtures.make_batch()
+    reference = hymotion_fixtures.make(hymotion_fixtures.RELEASED, seed=1)
+    metrics = run(make_engine(generator), generator, SOPO, Mean(), reference, batch, num_steps=2)
+    assert metrics["optim/skipped"] == 0.0 and math.isfinite(metrics["loss/sopo"])
 
 
 # ---------------------------------------------------------------------------------------------------- the loss
