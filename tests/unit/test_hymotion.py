@@ -12,7 +12,7 @@ from torch import Tensor
 from motionrft.core.errors import CheckpointError, ConfigError
 from motionrft.core.memory import SavedTensorMeter
 from motionrft.core.protocols import MotionGenerator
-from motionrft.core.types import Condition, valid_mask
+from motionrft.core.types import Condition, MotionBatch, valid_mask
 from motionrft.diffusion.denoise import SAMPLE, denoise
 from motionrft.generators.hymotion import FULL, LITE, HYMotion, HYMotionConfig, HYMotionGenerator
 from motionrft.generators.hymotion_blocks import rotary_table, rotate

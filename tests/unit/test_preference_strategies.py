@@ -304,6 +304,9 @@ def test_what_is_needed_is_said(strategy: PreferenceStrategy) -> None:
     generator = make()
     with pytest.raises(ConfigError, match=type(strategy).__name__):
         run(make_engine(generator), generator, strategy)
+    pulled = Objective(reference_pull=1.0)
+    with pytest.raises(ConfigError, match="reference_pull"):
+        run(make_engine(generator), generator, strategy, reference=make(), objective=pulled)
     assert strategy.needs_reference and not strategy.differentiates_reward
     assert strategy.needs_motions == isinstance(strategy, SoPo)
     empty = replace(make_batch(), motions={})
