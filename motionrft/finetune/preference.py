@@ -185,8 +185,16 @@ class PreferenceStrategy(Strategy):
         return 1 if self.accumulate else self.draws
 
     def learn(self, rollout: Rollout) -> None:
-        """Make pairs, then learn from each of their draws."""
-        reference = rollout.reference(f"strategy {type(self).__name__}")
+        """Make pairs, then learn from each of their draws.
+
+        Raises:
+            ConfigError: no reference, no clips where they are needed, or a pull to the reference beside beta's.
+        """
+        where = f"strategy {type(self).__name__}"
+        reference = rollout.reference(where)
+        if rollout.objective.reference_pull:
+            got = f"{rollout.objective.reference_pull:g}"
+            raise ConfigError(explain("reference_pull 0", got, where, "Its beta holds it near the reference already."))
         grid = self.grid(rollout.generator, rollout.num_steps)
         pairs = self.pairs(rollout)
         share = 1.0 / self.draws if self.accumulate else 1.0

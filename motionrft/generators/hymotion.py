@@ -134,53 +134,52 @@ class HYMotionGenerator(Generator):
         motion = self.frozen.denormalise(state)[..., : Representation.ROTATION.dim]
         motion = motion + pad(motion.new_tensor(self.config.rest_pelvis), (0, motion.shape[-1] - 3))
         frames = int(lengths_B.max())
-        motion = motion[:, :frames] if self.rate == 1.0 else self._resample(motion, frames, lengths_B)
+        if self.rate == 1.0:
+            motion = motion[:, :frames]
+        else:
+            motion = self._read(motion, frames, self.rate, self.state_lengths(lengths_B))
         return torch.where(valid_mask(lengths_B, motion.shape[1])[..., None], motion, 0.0)
 
-    def _resample(self, motion_BMD: Tensor, frames: int, lengths_B: Tensor) -> Tensor:
-        """Return (B, T, 135) read at model frame `rate` times i: linear, then rotations made orthonormal again."""
-        place_T = torch.arange(frames, device=motion_BMD.device, dtype=torch.float64) * self.rate
-        last_B1 = (self.state_lengths(lengths_B) - 1)[:, None]
+    def encode(self, motion_BTD: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return the state (B, M, D) of motion, zeros beyond each clip's model frames.
+
+        Model frame m is read at motion frame m / `rate`; the last frame is held until the last model frame.
+        """
+        frames = self._shape(motion_BTD.shape[1])[0]
+        motion = self._read(motion_BTD, frames, 1.0 / self.rate, lengths_B)
+        motion = motion - pad(motion.new_tensor(self.config.rest_pelvis), (0, motion.shape[-1] - 3))
+        state = self.frozen.normalise(rotation_to_hymotion(motion) if self.config.joint_positions else motion)
+        return torch.where(valid_mask(self.state_lengths(lengths_B), frames)[..., None], state, 0.0)
+
+    def _read(self, motion: Tensor, frames: int, pace: float, lengths_B: Tensor) -> Tensor:
+        """Return (B, frames, 135): frame i is frame `pace` i of the motion (B, ..., 135), held after `lengths_B`.
+
+        Between frames it is linear, then rotations are made orthonormal again.
+        """
+        place_T = torch.arange(frames, device=motion.device, dtype=torch.float64) * pace
+        last_B1 = (lengths_B - 1)[:, None]
         place_BT = torch.minimum(place_T[None], last_B1.double())
         before = place_BT.floor()
-        share = (place_BT - before).to(motion_BMD.dtype)[..., None]
-        index = before.long()[..., None].expand(-1, -1, motion_BMD.shape[2])
+        share = (place_BT - before).to(motion.dtype)[..., None]
+        index = before.long()[..., None].expand(-1, -1, motion.shape[2])
         after = torch.minimum(index + 1, last_B1[..., None])
-        between = torch.lerp(motion_BMD.gather(1, index), motion_BMD.gather(1, after), share)
-        return matrices_to_rotation(*rotation_to_matrices(between))
-
-    def encode(self, motion_BTD: Tensor, lengths_B: Tensor) -> Tensor:
-        """Return the state (B, T, D) of motion at the model's frame rate, zeros beyond each length."""
-        motion = motion_BTD - pad(motion_BTD.new_tensor(self.config.rest_pelvis), (0, motion_BTD.shape[-1] - 3))
-        state = self.frozen.normalise(rotation_to_hymotion(motion) if self.config.joint_positions else motion)
-        return torch.where(valid_mask(lengths_B, state.shape[1])[..., None], state, 0.0)
+        between = torch.lerp(motion.gather(1, index), motion.gather(1, after), share)
+        return between if pace == 1.0 else matrices_to_rotation(*rotation_to_matrices(between))
 
     def pretrain_loss(
         self, network: Callable[..., Tensor], batch: MotionBatch, step: int, seed: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return per-sample losses (B,) of flow matching, and detached means for the log.
 
-        Loss: mean over valid frames and varying features of (v - (x_1 - noise))^2 at x_t, t uniform in [0, 1). Time,
-        noise and caption dropout depend on (seed, step, sample key) only.
+        Loss: mean over valid model frames and varying features of (v - (x_1 - noise))^2 at x_t, t uniform in [0, 1).
+        Time, noise and caption dropout depend on (seed, step, sample key) only.
 
         Args:
             network: the model's network, or the engine around it.
-            batch: clips at the model's frame rate.
+            batch: clips; brought to the model's frame rate.
             step: batch index of the run.
             seed: run seed.
-
-        Raises:
-            ConfigError: the model's frame rate is not that of the clips.
         """
-        if self.rate != 1.0:
-            raise ConfigError(
-                explain(
-                    f"clips of {self.config.native_fps:g} frames per second",
-                    f"{self.spec.fps:g}",
-                    "pre-training hymotion",
-                    "Set generator.model.native_fps to 0: the model then has the frame rate of the data.",
-                )
-            )
         x1 = self.encode(batch.motions[self.spec.representation], batch.lengths_B)
         draw: tuple[Any, ...] = (seed, "pretrain", step)
         keys_B = batch.keys_B
@@ -188,11 +187,11 @@ class HYMotionGenerator(Generator):
         keep_B = keyed_uniform(keys_B, "text", *draw) >= self.config.text_dropout
         noise = keyed_normal(keys_B, tuple(x1.shape[1:]), "noise", *draw)
         x_t = torch.lerp(noise, x1, t_B.to(x1.dtype)[:, None, None])
-        out = super().call(network, x_t, t_B, batch.prompt, keep_B, batch.lengths_B)
+        out = self.call(network, x_t, t_B, batch.prompt, keep_B, batch.lengths_B)
         clean = self.config.output == "clean"
         error = out * flow_remaining(out, t_B) - (x1 - x_t) if clean else out - (x1 - noise)
         error = error[..., self.frozen.learned_D]
-        mask_BT = valid_mask(batch.lengths_B, x1.shape[1])
+        mask_BT = valid_mask(self.state_lengths(batch.lengths_B), x1.shape[1])
         value_B = _mean_over_frames(error.square().mean(-1), mask_BT)
         change_B = _mean_over_frames((error[:, 1:] - error[:, :-1]).square().mean(-1), mask_BT[:, 1:])
         loss_B = value_B + self.config.frame_weight * change_B

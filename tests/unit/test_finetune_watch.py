@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from motionrft.core.plain import to_plain
-from motionrft.finetune.strategies import EasyTune
+from motionrft.finetune.strategies import DiffusionDPO, EasyTune, SoPo, Strategy
 from motionrft.generators.mdm_network import MDMConfig
 from motionrft.generators.registry import GeneratorConfig
 from motionrft.training.checkpoint import complete_checkpoints, load_checkpoint
@@ -127,6 +127,16 @@ def test_a_time_budget_ends_the_run_once_and_for_all(
     again = tune(parts, tmp_path, **settings)
     assert (again["batches"], again["updates"], again["stopped"]) == (3, 6, result["stopped"])
     assert all(torch.equal(before[name], tensor) for name, tensor in model(tmp_path / "model").items())
+
+
+@pytest.mark.parametrize("strategy", [DiffusionDPO(samples=2, draws=2), SoPo(draws=2)], ids=["dpo", "sopo"])
+def test_preference_methods_run_as_a_stage_with_what_they_need(parts: Path, tmp_path: Path, strategy: Strategy) -> None:
+    # The similarity of the objective is to the reference: the clips are loaded because the method reads them.
+    result = tune(parts, tmp_path, strategy=strategy, batches=2)
+    assert result["updates"] == 4
+    assert len(rows(tmp_path, f"loss/{strategy.name}")) == 2
+    trained, start = model(tmp_path / "model"), model(parts / "generator" / "model")
+    assert any(not torch.equal(trained[name], start[name]) for name in trained)
 
 
 class Halt(Exception):

@@ -12,7 +12,7 @@ from torch import Tensor
 from motionrft.core.errors import CheckpointError, ConfigError
 from motionrft.core.memory import SavedTensorMeter
 from motionrft.core.protocols import MotionGenerator
-from motionrft.core.types import Condition, valid_mask
+from motionrft.core.types import Condition, MotionBatch, valid_mask
 from motionrft.diffusion.denoise import SAMPLE, denoise
 from motionrft.generators.hymotion import FULL, LITE, HYMotion, HYMotionConfig, HYMotionGenerator
 from motionrft.generators.hymotion_blocks import rotary_table, rotate
@@ -287,7 +287,9 @@ def test_decode_inverts_encode_and_constant_features_are_their_mean() -> None:
         generator, batch = make(config), make_batch()
         motion = batch.motions[KIND]
         x = generator.encode(motion, batch.lengths_B)
-        assert x.shape[2] == config.features and (x[~batch.mask_BT] == 0).all()
+        own = valid_mask(generator.state_lengths(batch.lengths_B), 16)
+        assert x.shape[2] == config.features and (x[~own] == 0).all()
+        assert (x[4, : int(own[4].sum())] == x[4, 0]).all()  # a clip of one frame stands still
         decoded, varying = generator.decode(x, batch.lengths_B), generator.frozen.learned_D[:135]
         torch.testing.assert_close(
             decoded[batch.mask_BT][:, varying], motion[batch.mask_BT][:, varying], rtol=1e-4, atol=1e-4
@@ -445,10 +447,61 @@ def test_captions_are_dropped_by_clip_and_step_at_the_configured_rate() -> None:
     assert [bool(k[0]) for k in kept] == [bool(k[2]) for k in whole]
 
 
-def test_clips_of_another_frame_rate_are_not_pretrained_on() -> None:
-    with pytest.raises(ConfigError, match=r"30 frames per second.*20"):
-        generator = make(RELEASED)
-        generator.pretrain_loss(generator.network, make_batch(), 0, 0)
+def body_batch() -> MotionBatch:
+    """Return the batch with orthonormal rotations: what resampling leaves a rotation."""
+    batch = make_batch()
+    return replace(batch, motions={KIND: matrices_to_rotation(*rotation_to_matrices(batch.motions[KIND]))})
+
+
+def test_encoding_reads_clips_at_the_models_rate_and_holds_their_end() -> None:
+    generator, batch = make(RELEASED), body_batch()
+    motion, lengths_B = batch.motions[KIND], batch.lengths_B
+    state_lengths_B = generator.state_lengths(lengths_B)
+    x = generator.encode(motion, lengths_B)
+    assert x.shape == (5, 24, 201) == (5, *generator.state_shape(16))
+    assert (x[~valid_mask(state_lengths_B, 24)] == 0).all()
+    got = generator.frozen.denormalise(x)[..., :3] + torch.tensor(RELEASED.rest_pelvis)
+    for row, length in enumerate(lengths_B.tolist()):
+        for frame in range(int(state_lengths_B[row])):
+            place = min(frame / 1.5, length - 1)
+            after, share = min(int(place) + 1, length - 1), place - int(place)
+            want = (1 - share) * motion[row, int(place), :3] + share * motion[row, after, :3]
+            torch.testing.assert_close(got[row, frame], want, rtol=1e-4, atol=1e-5)
+        alone = generator.encode(motion[row : row + 1, :length], lengths_B[row : row + 1])
+        torch.testing.assert_close(alone[0], x[row, : alone.shape[1]])
+
+
+def test_a_round_trip_between_rates_errs_by_a_sixth_of_the_second_difference() -> None:
+    generator, batch = make(RELEASED), body_batch()
+    motion, lengths_B = batch.motions[KIND], batch.lengths_B
+    back = generator.decode(generator.encode(motion, lengths_B), lengths_B)
+    kept = [d for d in range(135) if not 15 <= d < 21]  # the rotation that feature 20, which is constant, belongs to
+    for row, length in enumerate(lengths_B.tolist()):
+        own, got = motion[row, :length], back[row, :length]
+        torch.testing.assert_close(got[::2, kept], own[::2, kept], rtol=1e-4, atol=1e-4)
+        # Odd frames lie halfway between two model frames, each a third of a frame away; the end is held.
+        later = torch.cat([own[1:], own[-1:]])[:, :3]
+        want = own[:, :3].clone()
+        want[1::2] += (own[:-1:2, :3][: length // 2] - 2 * own[1::2, :3] + later[1::2]) / 6
+        torch.testing.assert_close(got[:, :3], want, rtol=1e-4, atol=1e-4)
+    assert (back[~batch.mask_BT] == 0).all()
+
+
+@pytest.mark.parametrize("config", [RELEASED, replace(RELEASED, output="clean")], ids=["velocity", "clean"])
+def test_clips_of_another_frame_rate_are_pretrained_on_at_the_models(config: HYMotionConfig) -> None:
+    generator, batch, seen = make(config), body_batch(), []
+    x1 = generator.encode(batch.motions[KIND], batch.lengths_B)
+
+    def perfect(x: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
+        seen.append((x.shape, rest[-1]))
+        return (x1 - x) / (1 - t)[:, None, None].float()
+
+    loss_B, _ = generator.pretrain_loss(perfect, batch, 0, 0)
+    assert float(loss_B.max()) < 1e-6
+    assert seen[0][0] == (5, 24, 201) and seen[0][1].tolist() == generator.state_lengths(batch.lengths_B).tolist()
+    whole, _ = generator.pretrain_loss(generator.network, batch, 0, 0)
+    alone, _ = generator.pretrain_loss(generator.network, batch.slice(2, 3), 0, 0)
+    torch.testing.assert_close(whole[2:3], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_training_lowers_the_loss_from_closed_gates() -> None:
