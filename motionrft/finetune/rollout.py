@@ -224,8 +224,7 @@ class Rollout:
             weighted = self.objective.weights[name] * value_B.sum()
             gradient_BTD = torch.zeros_like(motion_BTD)
             if weighted.requires_grad:
-                options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-                (gradient_BTD,) = torch.autograd.grad(weighted, motion_BTD, **options)
+                (gradient_BTD,) = torch.autograd.grad(weighted, motion_BTD, retain_graph=True, materialize_grads=True)
             self.metrics.add(f"reward/{name}/gradient", mean_square(gradient_BTD, mask_BT1).sqrt().mean())
 
     def _terms(self, motion_BTD: Tensor, noise_level: float, names: Sequence[str]) -> RewardTerms:

@@ -36,7 +36,13 @@ from motionrft.training.recipes.watch import Probe, Snapshots, Store, Validation
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """How a generator is fine-tuned."""
+    """How a generator is fine-tuned.
+
+    Precision is the hardware's: `hardware.zero.precision` is fp32, autocast (fp32 weights, bf16 network; every engine)
+    or bf16 (bf16 weights with an fp32 master; ZeRO 1 to 3, least memory). With any of them the optimiser moves fp32
+    numbers, without which updates of 1e-5 would be rounded away, and guidance, sampler, decoding and reward compute in
+    fp32: low precision begins and ends in the engine's forward.
+    """
 
     strategy: Strategy = field(default_factory=EasyTune)
     """Which denoising steps learn, and from what."""
