@@ -15,7 +15,14 @@ from motionrft.evaluation.protocol import Scores
 from motionrft.finetune.strategies import EasyTune, ReFL
 from motionrft.generators.mdm_network import MDMConfig
 from motionrft.generators.registry import GeneratorConfig
-from motionrft.training.checkpoint import complete_checkpoints, latest, load_checkpoint
+from motionrft.training.checkpoint import (
+    Card,
+    Snapshot,
+    complete_checkpoints,
+    latest,
+    load_checkpoint,
+    save_checkpoint,
+)
 from motionrft.training.guard import GuardConfig
 from motionrft.training.metrics import read_metrics
 from motionrft.training.optim import OptimConfig
@@ -222,7 +229,7 @@ def test_no_progress_ends_the_run(parts: Path, tmp_path: Path, scores: dict[str,
     assert result["batches"] == 3 and "no better val/score than 0.6 of batch 1" in result["stopped"]
 
 
-@pytest.mark.parametrize("at", [1, 4])
+@pytest.mark.parametrize("at", [0, 4])
 def test_continuing_at_any_batch_gives_the_same_curve_and_weights(
     parts: Path, tmp_path: Path, scores: dict[str, tuple[float, float]], monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
@@ -251,12 +258,34 @@ def test_continuing_at_any_batch_gives_the_same_curve_and_weights(
     assert all(torch.equal(averages[0][n], averages[1][n]) for n in averages[0])
 
 
-def test_the_average_is_what_is_saved(parts: Path, tmp_path: Path) -> None:
-    tune(parts, tmp_path, ema_decay=0.9)
+def test_the_average_is_what_is_probed_validated_and_saved(
+    parts: Path, tmp_path: Path, scores: dict[str, tuple[float, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed: list[dict[str, torch.Tensor]] = []
+    sample = watch.generate
+
+    def witness(generator: Any, network: Any, *args: Any, **named: Any) -> torch.Tensor:
+        module = getattr(network, "module", network)
+        probed.append({name: p.detach().clone() for name, p in module.named_parameters()})
+        return sample(generator, network, *args, **named)
+
+    monkeypatch.setattr(watch, "generate", witness)
+    tune(parts, tmp_path, ema_decay=0.9, validate_every=4, weights={"semantic": 1.0})
     found = load_checkpoint(tmp_path / "checkpoints").snapshot
-    saved = model(tmp_path / "model")
-    assert all(torch.equal(saved[name], found.extras["ema"][f"avg/{name}"]) for name in found.model)
-    assert any(not torch.equal(saved[name], tensor) for name, tensor in found.model.items())
+    average = {name: found.extras["ema"][f"avg/{name}"] for name in found.model}
+    for kept in (model(tmp_path / "model"), model(tmp_path / "validation" / "model_4"), probed[-1]):
+        assert all(torch.equal(kept[name], tensor) for name, tensor in average.items())
+    assert any(not torch.equal(average[name], tensor) for name, tensor in found.model.items())
+
+
+def test_a_snapshot_is_not_taken_again_at_another_batch(tmp_path: Path) -> None:
+    class Recorder:
+        def save(self, place: Path, trained: Any, done: int, steps: int) -> None:
+            save_checkpoint(place, Snapshot(done, steps, trained, {}), Card("test"))
+
+    for done in (3, 4):
+        watch.save_once(Recorder(), tmp_path / "seconds_10", {"w": torch.zeros(1)}, done, done)
+    assert [p.name for p in complete_checkpoints(tmp_path / "seconds_10")] == ["step_00000003"]
 
 
 @pytest.mark.parametrize(
