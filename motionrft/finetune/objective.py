@@ -28,6 +28,8 @@ class Objective:
     reference_pull: float = 0.0
     """Weight of the mean squared distance between the clean estimates of the running and the frozen network at the
     same state; up to a factor per step the KL divergence of the two sampler steps."""
+    gradients_every: int = 0
+    """Batches between measurements of every driving term's own gradient; 0 = never."""
 
     def __post_init__(self) -> None:
         """Report every contradiction at once."""
@@ -38,6 +40,7 @@ class Objective:
                 f"similarity_target must be one of {SIMILARITY_TARGETS}, got {self.similarity_target!r}",
             ),
             (self.reference_pull >= 0, f"reference_pull must not be negative, got {self.reference_pull}"),
+            (self.gradients_every >= 0, f"gradients_every must not be negative, got {self.gradients_every}"),
         ]
         problems = [message for holds, message in rules if not holds]
         if problems:

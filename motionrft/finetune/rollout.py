@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from motionrft.core.errors import ConfigError, explain
 from motionrft.core.protocols import Collective, Engine, MotionGenerator, RewardModel, SolverTable
 from motionrft.core.rng import derive_seed, numpy_rng
-from motionrft.core.types import MotionBatch, RewardTerms, StepOutput
+from motionrft.core.types import MotionBatch, RewardTerms, StepOutput, valid_mask
 from motionrft.diffusion.denoise import Predict, StepAction, denoise, initial_noise, keyed_noise, sample
 from motionrft.diffusion.solvers import skip_gains
 from motionrft.finetune.objective import Objective
@@ -183,6 +183,8 @@ class Rollout:
             alone = self._terms(motion_BTD.detach(), noise_level, apart)
         watched = {name: scored[name].detach() for name in along} | dict(alone.values)
         driving = RewardTerms({name: scored[name] for name in objective.driving})
+        if motion_BTD.requires_grad and objective.gradients_every and self.step % objective.gradients_every == 0:
+            self._measure_gradients(driving, motion_BTD)
         return Scored(driving, RewardTerms(watched), objective.total(driving))
 
     def pull(self, output: StepOutput) -> Tensor | None:
@@ -214,6 +216,16 @@ class Rollout:
             if name:
                 self.metrics.add(f"optim/grad_norm_by_step/{name}", info.grad_norm)
         return info.applied
+
+    def _measure_gradients(self, driving: RewardTerms, motion_BTD: Tensor) -> None:
+        """Log the rms of d (weight x term) / d motion over valid entries: which term drives, in physical units."""
+        mask_BT1 = valid_mask(self.batch.lengths_B, motion_BTD.shape[1])[..., None]
+        for name, value_B in driving.values.items():
+            weighted = self.objective.weights[name] * value_B.sum()
+            gradient_BTD = torch.zeros_like(motion_BTD)
+            if weighted.requires_grad:
+                (gradient_BTD,) = torch.autograd.grad(weighted, motion_BTD, retain_graph=True, materialize_grads=True)
+            self.metrics.add(f"reward/{name}/gradient", mean_square(gradient_BTD, mask_BT1).sqrt().mean())
 
     def _terms(self, motion_BTD: Tensor, noise_level: float, names: Sequence[str]) -> RewardTerms:
         if not names:

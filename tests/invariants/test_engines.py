@@ -47,6 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for precision, kinds in (("autocast", ["single", "zero0", "zero1", "zero2"]), ("bf16", ["zero1", "zero2"]))
         for kind in kinds
     ]
+    precise.append(job("zero1", 0, 1, "small_zero1_w1", precision="bf16", optim={"lr": 1e-5, "schedule": "constant"}))
     launch("tests.engine_worker", [j for kind in ENGINES for j in pair(kind, 1)] + precise, 1, folder)
     from_single = [resumed(kind, 2, "single_w1") for kind in SHARED]
     from_single += [resumed("zero1", 2, "zero3_w1"), resumed("zero3", 2, "zero2_w1")]
@@ -142,6 +143,16 @@ def test_bf16_weights_keep_an_fp32_master(runs: Path, kind: str) -> None:
     exact, _ = outcome(runs, "clean_single_w1")
     got, _ = outcome(runs, f"bf16_{kind}_w1")
     assert abs(got["rows"][0][0] - exact["rows"][0][0]) < 0.1
+
+
+def test_updates_too_small_for_bf16_reach_the_master(runs: Path) -> None:
+    _, state = outcome(runs, "small_zero1_w1")
+    # The engine's weights start as bf16 numbers, and so does their master.
+    start = {name: p.detach().bfloat16().float() for name, p in engine_worker.TinyNet().named_parameters()}
+    moved = state["param/encode.weight"] - start["encode.weight"]
+    assert 0.5e-5 < moved.abs().max() < 2e-5
+    rounded = state["param/encode.weight"].bfloat16().float()
+    assert (rounded == start["encode.weight"]).float().mean() > 0.8
 
 
 def test_gradient_is_not_the_average_of_uncoupled_halves() -> None:

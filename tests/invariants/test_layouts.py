@@ -79,6 +79,11 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
                       "max_frames": 32, "optim": {**OPTIM, "warmup_steps": 0}}  # fmt: skip
             tune = {"dataset": str(dataset), "generator": generator, "reward": {"backbone": backbone}, "recipe": recipe}
             made.append(job("finetune", "finetune:run", tune, world))
+            average = {**recipe, "ema_decay": 0.5, "probe_every": 1, "probe_clips": 3, "snapshot_updates": [3]}
+            made.append(job("average", "finetune:run", {**tune, "recipe": average}, world))
+            bad = {**recipe, "weights": {**weights, "poison": 1.0}, "term_modules": ["tests.poison_term"]}
+            if world == 2:
+                made.append(job("poisoned", "finetune:run", {**tune, "recipe": bad}, world))
         return made
 
     evaluator = {"dataset": str(dataset), "name": "A",
@@ -95,6 +100,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MODES = ("bank", "in_batch")
 MICRO = [("semantic", 2), ("semantic", 4), ("pretrain", 2), ("adapter", 2), ("refine_bank", 2), ("refine_in_batch", 2)]
 TWO = [(n, 1) for n in ("semantic", "evaluator", "pretrain", "adapter", "refine_bank", "refine_in_batch", "finetune")]
+TWO.append(("average", 1))
 
 
 def weights(stages: Path, name: str) -> dict[str, torch.Tensor]:
@@ -143,3 +149,26 @@ def test_the_logged_loss_does_not_depend_on_the_layout(stages: Path, name: str) 
     ]
     assert logged[1] == pytest.approx(logged[0], rel=1e-4)
     assert logged[2] == pytest.approx(logged[0], rel=1e-4)
+
+
+def test_probes_do_not_depend_on_the_layout_and_snapshots_are_the_average(stages: Path) -> None:
+    found = []
+    for layout in ("w1_m1", "w2_m1"):
+        logged = [r for r in read_metrics(stages / f"average_{layout}" / "metrics.jsonl") if "probe/reward/total" in r]
+        assert [row["step"] for row in logged] == [0, 1, 2]
+        found.append([v for row in logged for n, v in sorted(row.items()) if n.startswith(("probe/r", "probe/u"))])
+    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-4)
+    kept, last = (load_checkpoint(stages / "average_w2_m1" / n).snapshot for n in ("snapshots/updates_3", "model"))
+    assert kept.optimizer_step == last.optimizer_step == 4
+    assert all(torch.equal(kept.model[name], tensor) for name, tensor in last.model.items())
+
+
+def test_a_bad_gradient_on_one_of_two_processes_is_refused_on_both(stages: Path) -> None:
+    logged = read_metrics(stages / "poisoned_w2_m1" / "metrics.jsonl")
+    # Means over processes: half a refusal would be one that happened on one of them only.
+    assert [row["optim/skipped"] for row in logged] == [1.0, 0.0]
+    assert [row["optim/refused_steps"] for row in logged] == [1.0, 1.0]
+    assert all(row["reward/poison/raw"] == 0.0 for row in logged)
+    got, start = weights(stages, "poisoned_w2_m1"), weights(stages, "pretrain_w1_m1")
+    assert all(torch.isfinite(tensor).all() for tensor in got.values())
+    assert any(not torch.equal(got[name], start[name]) for name in got)

@@ -467,6 +467,46 @@ def test_a_reached_ceiling_leaves_nothing_to_learn() -> None:
     torch.testing.assert_close(gradient_of(EasyTune(window=2), objective=Objective(ceiling=1e9)), free)
 
 
+def test_gradients_of_terms_are_measured_at_their_cadence_and_change_nothing() -> None:
+    weights = {"semantic": 1.0, "preference": 0.3}
+    objective = Objective(weights, gradients_every=2)
+    logged = run(make_engine(make()), make(), EasyTune(window=2), objective=objective, step=4)
+    # preference is the mean over all entries of the padded batch: its gradient is the same everywhere
+    assert logged["reward/preference/gradient"] == pytest.approx(0.3 / (16 * 263), rel=1e-4)
+    assert logged["reward/semantic/gradient"] > 0
+    assert not any(
+        n.endswith("/gradient") for n in run(make_engine(make()), make(), ReFL(), objective=objective, step=5)
+    )
+    plain, measured = (gradient_of(EasyTune(window=2), objective=o) for o in (Objective(weights), objective))
+    assert torch.equal(plain, measured)
+
+
+def test_under_autocast_only_the_network_is_bf16_and_small_updates_are_not_lost() -> None:
+    class Witness(Toy):
+        def score(self, motion_BTD: Tensor, *args: object, **named: object) -> RewardTerms:
+            seen.append((motion_BTD.dtype, torch.is_autocast_enabled("cpu")))
+            return super().score(motion_BTD, *args, **named)
+
+    seen: list[tuple[torch.dtype, bool]] = []
+    inside: list[torch.dtype] = []
+    generator = make()
+    before = {n: p.detach().clone() for n, p in generator.network.named_parameters()}
+    layer = next(m for m in generator.network.modules() if isinstance(m, torch.nn.Linear))
+    layer.register_forward_hook(lambda module, args, out: inside.append(out.dtype))
+    engine = LocalRuntime(precision="autocast").build_engine(
+        generator.network, OptimConfig(lr=1e-5, schedule="constant")
+    )
+    run(engine, generator, EasyTune(window=1), reward=Witness())
+    assert set(inside) == {torch.bfloat16} and set(seen) == {(torch.float32, False)}
+    moved = {n: p.detach() for n, p in generator.network.named_parameters() if not torch.equal(p.detach(), before[n])}
+    large = max(moved, key=lambda n: float(before[n].abs().max()))
+    rows = before[large].abs() > 0.01
+    assert moved[large].dtype == torch.float32 and 0 < (moved[large] - before[large]).abs().max() < 2e-5
+    # in bf16 these weights would have stayed where they were
+    update = (moved[large] - before[large])[rows].bfloat16()
+    assert torch.equal(before[large][rows].bfloat16() + update, before[large][rows].bfloat16())
+
+
 def test_the_pull_is_the_distance_to_the_reference_and_zero_at_it() -> None:
     strategy, reference = EasyTune(window=1), make()
     free = gradient_of(strategy)

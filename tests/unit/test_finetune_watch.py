@@ -5,14 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from motionrft.core.errors import ConfigError
 from motionrft.core.plain import to_plain
-from motionrft.finetune.strategies import DiffusionDPO, EasyTune, SoPo, Strategy
+from motionrft.evaluation.protocol import Scores
+from motionrft.finetune.strategies import DiffusionDPO, EasyTune, ReFL, SoPo, Strategy
 from motionrft.generators.mdm_network import MDMConfig
 from motionrft.generators.registry import GeneratorConfig
-from motionrft.training.checkpoint import complete_checkpoints, load_checkpoint
+from motionrft.training.checkpoint import (
+    Card,
+    Snapshot,
+    complete_checkpoints,
+    latest,
+    load_checkpoint,
+    save_checkpoint,
+)
+from motionrft.training.guard import GuardConfig
 from motionrft.training.metrics import read_metrics
 from motionrft.training.optim import OptimConfig
 from motionrft.training.recipes import finetune, watch
@@ -20,6 +31,7 @@ from motionrft.training.recipes.common import TrainConfig
 from motionrft.training.recipes.evaluate import RewardFolders
 from motionrft.training.recipes.finetune import FinetuneJob, FinetuneRecipe
 from motionrft.training.recipes.generator import PretrainJob, PretrainRecipe, run_pretrain
+from motionrft.training.recipes.generator_files import load_generator
 from motionrft.training.recipes.reward import run_semantic
 from motionrft.training.runtime_local import LocalRuntime
 from tests.prepare_fixtures import make_dataset
@@ -156,3 +168,145 @@ def crash(monkeypatch: pytest.MonkeyPatch, at: int, parts: Path, folder: Path, *
     with pytest.raises(Halt):
         tune(parts, folder, **settings)
     monkeypatch.setattr(finetune, "rollout_step", step)
+
+
+# --------------------------------------------------------------------------------------------- validation and guard
+
+
+@pytest.fixture
+def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, float]]:
+    """Validate without an evaluator: {row: (R@1, FID)}; other rows depend on the weights alone."""
+    found: dict[str, tuple[float, float]] = {}
+
+    def score(job: Any) -> dict[str, Scores]:
+        weights = load_generator(job.generator).network.state_dict().values()
+        spread = float(sum(w.double().abs().mean() for w in weights)) % 0.01
+        r1, fid = found.get(job.row, (0.5 + 10 * spread, 20.0))
+        values = {"r_precision_top1": r1, "fid": fid, "jerk": 300.0}
+        return {"A": Scores(values, {"r_precision_top1": np.full(1000, r1)}, {}, np.empty(0), np.empty(0))}
+
+    monkeypatch.setattr(watch, "score", score)
+    return found
+
+
+HACKED = {"base": (0.5, 20.0), "tuned_1": (0.6, 20.0), "tuned_2": (0.4, 20.0), "tuned_3": (0.3, 20.0)}
+
+
+def rising_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every probe find a higher reward than the one before."""
+    now = iter(range(100))
+    found = {"probe/reward/total_error": 0.01}
+    monkeypatch.setattr(watch.Probe, "__call__", lambda self: {**found, "probe/reward/total": float(next(now))})
+
+
+@pytest.mark.parametrize("on_alarm", ["warn", "stop"])
+def test_hacking_is_told_and_stops_the_run_if_asked(
+    parts: Path,
+    tmp_path: Path,
+    scores: dict[str, tuple[float, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    on_alarm: str,
+) -> None:
+    scores |= HACKED
+    rising_reward(monkeypatch)
+    result = tune(parts, tmp_path, validate_every=1, guard=GuardConfig(on_alarm=on_alarm))
+    found = rows(tmp_path, "val/")
+    assert [found[step]["val/alarm"] for step in range(4)] == [0, 0, 0, 1]
+    assert "since batch 1: reward 1 -> 3" in result["alarms"]["3"] and "R@1 0.600 -> 0.300" in caplog.text
+    assert (result["batches"] == 3 and "reward hacking" in result["stopped"]) == (on_alarm == "stop")
+    assert result["validation"]["base"]["r_precision_top1"] == 0.5 and result["validation"]["best_batches"] == 1
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_both_the_last_and_the_best_model_are_kept(
+    parts: Path, tmp_path: Path, scores: dict[str, tuple[float, float]], keep: str
+) -> None:
+    scores |= {**HACKED, "tuned_4": (0.3, 20.0)}
+    result = tune(parts, tmp_path, validate_every=1, guard=GuardConfig(keep=keep))
+    first, other = ("model", "model_best") if keep == "last" else ("model_last", "model")
+    assert latest(tmp_path / first).name == "step_00000004" and latest(tmp_path / other).name == "step_00000001"
+    for folder, done in ((first, 4), (other, 1)):
+        kept, validated = model(tmp_path / folder), model(tmp_path / "validation" / f"model_{done}")
+        assert all(torch.equal(kept[name], tensor) for name, tensor in validated.items())
+    assert result["validation"]["val/r_precision_top1"] == (0.3 if keep == "last" else 0.6)
+    assert load_generator(tmp_path / "model").spec.family == "mdm"
+
+
+def test_no_progress_ends_the_run(parts: Path, tmp_path: Path, scores: dict[str, tuple[float, float]]) -> None:
+    scores |= HACKED
+    result = tune(parts, tmp_path, validate_every=1, guard=GuardConfig(early_stop_patience=2))
+    assert result["batches"] == 3 and "no better val/score than 0.6 of batch 1" in result["stopped"]
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_continuing_at_any_batch_gives_the_same_curve_and_weights(
+    parts: Path, tmp_path: Path, scores: dict[str, tuple[float, float]], monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    settings = {"strategy": ReFL(last_steps=3), "batches": 6, "ema_decay": 0.9, "probe_every": 2, "validate_every": 3}
+    settings |= {"guard": GuardConfig(keep="best"), "reference_pull": 0.1, "checkpoint_every": 1, "log_every": 4}
+    straight = tune(parts, tmp_path / "straight", **settings)
+    crash(monkeypatch, at, parts, tmp_path / "crashed", **settings)
+    resumed = tune(parts, tmp_path / "crashed", **settings)
+
+    def curve(folder: Path) -> list[dict[str, float]]:
+        measured = ("time/", "memory/", "probe/train_seconds")
+        return [
+            {n: v for n, v in r.items() if not n.startswith(measured)} for r in read_metrics(folder / "metrics.jsonl")
+        ]
+
+    assert curve(tmp_path / "crashed") == curve(tmp_path / "straight")
+    untimed = [{n: v for n, v in result.items() if n != "train_seconds"} for result in (straight, resumed)]
+    assert untimed[0] == untimed[1] and straight["validation"]["batches"] in (3, 6)
+    for name in ("model", "checkpoints"):
+        want, got = (load_checkpoint(tmp_path / run / name).snapshot for run in ("straight", "crashed"))
+        assert all(torch.equal(got.model[n], tensor) for n, tensor in want.model.items())
+        assert all(torch.equal(got.optimizer[n], tensor) for n, tensor in want.optimizer.items())
+    averages = [
+        load_checkpoint(tmp_path / run / "checkpoints").snapshot.extras["ema"] for run in ("straight", "crashed")
+    ]
+    assert all(torch.equal(averages[0][n], averages[1][n]) for n in averages[0])
+
+
+def test_the_average_is_what_is_probed_validated_and_saved(
+    parts: Path, tmp_path: Path, scores: dict[str, tuple[float, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed: list[dict[str, torch.Tensor]] = []
+    sample = watch.generate
+
+    def witness(generator: Any, network: Any, *args: Any, **named: Any) -> torch.Tensor:
+        module = getattr(network, "module", network)
+        probed.append({name: p.detach().clone() for name, p in module.named_parameters()})
+        return sample(generator, network, *args, **named)
+
+    monkeypatch.setattr(watch, "generate", witness)
+    tune(parts, tmp_path, ema_decay=0.9, validate_every=4, weights={"semantic": 1.0})
+    found = load_checkpoint(tmp_path / "checkpoints").snapshot
+    average = {name: found.extras["ema"][f"avg/{name}"] for name in found.model}
+    for kept in (model(tmp_path / "model"), model(tmp_path / "validation" / "model_4"), probed[-1]):
+        assert all(torch.equal(kept[name], tensor) for name, tensor in average.items())
+    assert any(not torch.equal(average[name], tensor) for name, tensor in found.model.items())
+
+
+def test_a_snapshot_is_not_taken_again_at_another_batch(tmp_path: Path) -> None:
+    class Recorder:
+        def save(self, place: Path, trained: Any, done: int, steps: int) -> None:
+            save_checkpoint(place, Snapshot(done, steps, trained, {}), Card("test"))
+
+    for done in (3, 4):
+        watch.save_once(Recorder(), tmp_path / "seconds_10", {"w": torch.zeros(1)}, done, done)
+    assert [p.name for p in complete_checkpoints(tmp_path / "seconds_10")] == ["step_00000003"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guard": GuardConfig(keep="best")}, "guard.keep=best need validate_every"),
+        ({"guidance_gradient": "none"}, "guidance_gradient must be one of"),
+        ({"snapshot_seconds": (0.0,)}, "must be positive"),
+        ({"ema_decay": 1.0, "max_seconds": -1.0}, "max_seconds must not be negative.*ema_decay must be in"),
+    ],
+)
+def test_contradictions_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FinetuneRecipe(**settings)

@@ -22,14 +22,16 @@ from motionrft.generators.lora import Adapter, adapter_for, add_adapter
 from motionrft.reward.terms import LEARNED_TERMS, TERMS, import_terms
 from motionrft.training.checkpoint import Card, CheckpointStore
 from motionrft.training.ema import Ema
+from motionrft.training.guard import Guard, GuardConfig
 from motionrft.training.loop import run_loop
 from motionrft.training.metrics import MetricsWriter
 from motionrft.training.optim import OptimConfig
-from motionrft.training.recipes.common import BatchSource, Split, close, whole_parameters
+from motionrft.training.recipes.between import Between
+from motionrft.training.recipes.common import BatchSource, Split, close
 from motionrft.training.recipes.evaluate import EvaluateRecipe, RewardFolders, validation_recipe
 from motionrft.training.recipes.generator_files import load_description, load_generator
 from motionrft.training.recipes.reward import require_text_encoder
-from motionrft.training.recipes.watch import Probe, Snapshots, Stopwatch, Store, Validation, kept_snapshots, save_once
+from motionrft.training.recipes.watch import Probe, Snapshots, Store, Validation
 from motionrft.training.stages import RECORD, read_json
 
 _RACE = 1000  # a run until its snapshots may take so many times the planned batches, so that it ends
@@ -37,7 +39,13 @@ _RACE = 1000  # a run until its snapshots may take so many times the planned bat
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """How a generator is fine-tuned."""
+    """How a generator is fine-tuned.
+
+    Precision is the hardware's: `hardware.zero.precision` is fp32, autocast (fp32 weights, bf16 network; every engine)
+    or bf16 (bf16 weights with an fp32 master; ZeRO 1 to 3, least memory). With any of them the optimiser moves fp32
+    numbers, without which updates of 1e-5 would be rounded away, and guidance, sampler, decoding and reward compute in
+    fp32: low precision begins and ends in the engine's forward.
+    """
 
     strategy: Strategy = field(default_factory=EasyTune)
     """Which denoising steps learn, and from what."""
@@ -81,7 +89,7 @@ class FinetuneRecipe:
     curriculum still follow `batches`. 0 = no limit."""
     probe_every: int = 0
     """Batches between rewards of final samples for fixed held-out prompts, also before the first batch and at the end
-    (probe/reward/..., against probe/train_seconds and probe/updates); 0 = never."""
+    (probe/reward/..., against probe/train_seconds and probe/updates); 0 = with validation only."""
     probe_clips: int = 16
     """How many prompts: the first ones of the validation split."""
     snapshot_updates: tuple[int, ...] = ()
@@ -92,10 +100,15 @@ class FinetuneRecipe:
     """End when the last of these models is kept, be it before or after `batches`; the curriculum follows `batches`."""
     log_every: int = 1
     """Batches between metric rows."""
+    log_term_gradients_every: int = 0
+    """Batches between measurements of reward/TERM/gradient, the rms of d (weight x term) / d motion: which term drives.
+    Costs a backward pass through the reward per term; 0 = never."""
     checkpoint_every: int = 50
     """Batches between checkpoints."""
     validate_every: int = 0
-    """Batches between validation scores (needs an evaluator); 0 = never."""
+    """Batches between validation scores, also before the first batch (needs an evaluator); 0 = never."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What follows from validation: alarm at reward hacking, early stopping, which model is kept."""
 
     def __post_init__(self) -> None:
         """Import the user's terms, then report every contradiction at once."""
@@ -119,7 +132,11 @@ class FinetuneRecipe:
             (self.checkpoint_every >= 1, "checkpoint_every must be at least 1"),
             *(
                 (getattr(self, n) >= 0, f"{n} must not be negative, got {getattr(self, n)}")
-                for n in ("validate_every", "probe_every", "reference_pull", "max_seconds")
+                for n in ("validate_every", "probe_every", "reference_pull", "max_seconds", "log_term_gradients_every")
+            ),
+            (
+                self.validate_every > 0 or not self.guard.acts,
+                "guard.on_alarm=stop, guard.early_stop_patience and guard.keep=best need validate_every",
             ),
             (self.probe_clips >= 1, "probe_clips must be at least 1"),
             (self.guidance_gradient in GRADIENTS, f"guidance_gradient must be one of {GRADIENTS}"),
@@ -181,6 +198,7 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
         similarity_target=recipe.similarity_target,
         ceiling=recipe.reward_ceiling,
         reference_pull=recipe.reference_pull,
+        gradients_every=recipe.log_term_gradients_every,
     )
     generator.guidance_gradient = recipe.guidance_gradient
     reward.check_terms(objective.driving, generator.spec.representation)
@@ -198,33 +216,29 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
     )
     _write_plan(recipe, folder, runtime)
     store = Store(adapter, reference, card, fixed, Path(job.generator))
-    watch = Stopwatch(runtime, runtime.device)
-    snapshots = Snapshots(folder / "snapshots", recipe.snapshot_updates, (*recipe.snapshot_seconds, *_as_long_as(job)))
     # Methods differ in updates per batch and seconds per update: only the snapshots say when a race is over.
     total = recipe.batches * _RACE if recipe.until_snapshots else recipe.batches
+    seconds = (*recipe.snapshot_seconds, *_as_long_as(job))
     probe = validate = None
-    if recipe.probe_every:
+    if recipe.probe_every or recipe.validate_every:
         held_out = Split.open(job.dataset, "val", data).prompting(generator.spec.text_encoder)
         probe = Probe(
             engine, ema, generator, reference, reward, objective, held_out,
             clips=recipe.probe_clips, num_steps=recipe.num_steps, max_frames=frames, runtime=runtime,
         )  # fmt: skip
     if recipe.validate_every:
-        validate = Validation(job.dataset, job.generator, job.evaluators, job.validation, folder, store)
-    began = {"updates": 0.0, "seconds": 0.0}
-
-    def position() -> dict[str, float]:
-        return {"updates": float(engine.steps), "seconds": watch.seconds}
-
-    def stop() -> str:
-        if recipe.until_snapshots and snapshots.all_reached(position()):
-            return "every snapshot is kept"
-        out_of_time = 0.0 < recipe.max_seconds <= watch.seconds
-        return f"{recipe.max_seconds:g} seconds of training are over" if out_of_time else ""
+        where = (job.dataset, job.generator, job.evaluators, job.validation)
+        validate = Validation(*where, folder, store, runtime)
+    between = Between(
+        engine, ema, runtime, store, folder,
+        Snapshots(folder / "snapshots", recipe.snapshot_updates, seconds),
+        Guard(recipe.guard),
+        batches=total, max_seconds=recipe.max_seconds, until_snapshots=recipe.until_snapshots,
+        probe_every=recipe.probe_every, probe=probe, validate_every=recipe.validate_every, validate=validate,
+    )  # fmt: skip
 
     def body(step: int) -> dict[str, float]:
-        began.update(position())
-        watch.start()
+        between.begin()
         return rollout_step(
             engine,
             generator,
@@ -240,25 +254,6 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
             collective=runtime,
         )
 
-    def probed() -> dict[str, float]:
-        if probe is None:
-            return {}
-        return {**probe(), "probe/train_seconds": watch.seconds, "probe/updates": float(engine.steps)}
-
-    def on_step(done: int) -> dict[str, float]:
-        watch.stop()
-        found: dict[str, float] = {}
-        ends = done == total or bool(stop())
-        if due := snapshots.crossed(began, position()):
-            weights = whole_parameters(engine, ema)
-            for place in due if runtime.rank == 0 else []:
-                save_once(store, place, weights, done, position())
-        if probe is not None and (ends or done % recipe.probe_every == 0):
-            found |= probed()
-        if validate is not None and (ends or done % recipe.validate_every == 0):
-            found |= validate(runtime, whole_parameters(engine, ema), done, engine.steps)
-        return found
-
     with MetricsWriter(folder / "metrics.jsonl", enabled=runtime.rank == 0) as metrics:
         outcome = run_loop(
             body,
@@ -271,26 +266,16 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
             log_every=recipe.log_every,
             checkpoint_every=recipe.checkpoint_every,
             ema=ema,
-            extras={"stopwatch": watch},
-            on_start=probed,
-            on_step=on_step,
-            stop=stop,
+            extras={"stopwatch": between.stopwatch, "guard": between.guard},
+            on_start=between.on_start,
+            on_step=between.on_step,
+            stop=between.stop,
             item_ids=batches.item_ids,
         )
-    weights = whole_parameters(engine, ema)
-    if runtime.rank == 0:
-        store.save(folder / "model", weights, outcome.step, outcome.optimizer_steps)
+    result = between.finish(outcome)
     close(engine)
     last = {name: value for name, value in outcome.metrics.items() if name.startswith(("reward/", "optim/"))}
-    return {
-        "updates": outcome.optimizer_steps,
-        "batches": outcome.step,
-        "train_seconds": watch.seconds,
-        "stopped": outcome.stopped,
-        "snapshots": kept_snapshots(folder / "snapshots"),
-        "last": last,
-        **(validate.last if validate is not None else {}),
-    }
+    return {**result, "last": last}
 
 
 def _as_long_as(job: FinetuneJob) -> tuple[float, ...]:

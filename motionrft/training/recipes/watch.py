@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from motionrft.finetune.objective import Objective
 from motionrft.generators.base import Generator
 from motionrft.generators.lora import Adapter
 from motionrft.generators.sampling import generate
-from motionrft.training.checkpoint import Card, latest
+from motionrft.training.checkpoint import Card, latest, load_checkpoint, save_checkpoint
 from motionrft.training.ema import Ema
 from motionrft.training.loop import mean_over_ranks
 from motionrft.training.recipes.common import Split
@@ -116,6 +117,12 @@ def save_once(
 def kept_snapshots(folder: Path) -> dict[str, Any]:
     """Return name -> {"batches", "updates", "seconds"} of the models kept on the way."""
     return {place.parent.name: read_json(place) for place in sorted(folder.glob(f"*/{_POSITION}"))}
+
+
+def copy_model(source: Path, place: Path) -> None:
+    """Write the newest model of a folder to another one."""
+    found = load_checkpoint(source)
+    save_checkpoint(place, found.snapshot, found.card)
 
 
 class Probe:
@@ -224,7 +231,17 @@ class Probe:
 
 
 class Validation:
-    """Scores the generator on validation clips; rank 0 does it, all ranks learn the values."""
+    """Scores generators on validation clips; rank 0 does it, all ranks learn the values.
+
+    Args:
+        dataset: dataset folder.
+        generator: model folder that the run starts from.
+        evaluators: name -> model folder; the first one scores.
+        recipe: split, denoising steps, pools.
+        folder: of the stage.
+        store: writes what is scored.
+        runtime: of this process.
+    """
 
     def __init__(
         self,
@@ -234,40 +251,51 @@ class Validation:
         recipe: EvaluateRecipe,
         folder: Path,
         store: Store,
+        runtime: Runtime,
     ) -> None:
         if not evaluators:
             raise ConfigError("finetune.validate_every needs an evaluator: set inputs.evaluators, or set it to 0")
         self.dataset, self.generator, self.evaluator = dataset, generator, next(iter(evaluators.items()))
-        self.recipe, self.folder, self.store = recipe, folder / "validation", store
-        self.base: Scores | None = None
-        self.last: dict[str, Any] = {}
+        self.recipe, self.folder, self.store, self.runtime = recipe, folder / "validation", store, runtime
 
-    def __call__(
-        self, runtime: Runtime, weights: Mapping[str, Any], done: int, optimizer_steps: int
-    ) -> dict[str, float]:
-        """Return the held-out metrics of these weights and their score, by path. Collective."""
-        found = dict.fromkeys([*(f"val/{key}" for key in VALIDATED), "val/score"], 0.0)
-        if runtime.rank == 0:
-            if self.base is None:
-                self.base = self._score("base", self.generator)
-                if "fid" not in self.base.values:
-                    raise DataError(
-                        explain(
-                            f"a {self.recipe.split} split large enough for R-precision and FID",
-                            "one that is too small",
-                            self.dataset,
-                            "Set finetune.validate_every=0, or prepare more clips.",
-                        )
-                    )
-            place = self.folder / f"model_{done}"
-            self.store.save(place, weights, done, optimizer_steps)
-            tuned = self._score(f"tuned_{done}", str(place))
-            found = {f"val/{key}": tuned.values[key] for key in VALIDATED}
-            found["val/score"] = validation_score(self.base.values, tuned.values)
-            base = {key: self.base.values[key] for key in VALIDATED}
-            self.last = {"validation": {**found, "base": base, "batches": done}}
-        # The loop averages over ranks; the others report the same by adding nothing but their share.
-        return {name: value * runtime.world for name, value in found.items()} if runtime.world > 1 else found
+    def place(self, done: int) -> Path:
+        """Return the model folder of what was validated after `done` batches."""
+        return self.folder / f"model_{done}"
+
+    def base(self) -> dict[str, float]:
+        """Return the metrics of the model the run starts from, and the clips behind them. Collective.
+
+        Raises:
+            DataError: too few clips for R-precision and FID.
+        """
+        found = self._metrics(self._score("base", self.generator)) if self.runtime.rank == 0 else {}
+        return self._shared(found)
+
+    def __call__(self, weights: Mapping[str, Tensor], done: int, optimizer_steps: int) -> dict[str, float]:
+        """Return the same of whole trained weights, which are kept in `place(done)`. Collective."""
+        found: dict[str, float] = {}
+        if self.runtime.rank == 0:
+            self.store.save(self.place(done), weights, done, optimizer_steps)
+            found = self._metrics(self._score(f"tuned_{done}", str(self.place(done))))
+        return self._shared(found)
+
+    def _metrics(self, scores: Scores) -> dict[str, float]:
+        if "fid" not in scores.values:
+            raise DataError(
+                explain(
+                    f"a {self.recipe.split} split large enough for R-precision and FID",
+                    "one that is too small",
+                    self.dataset,
+                    "Set finetune.validate_every=0, or prepare more clips.",
+                )
+            )
+        asked = int(np.isfinite(scores.per_clip["r_precision_top1"]).sum())
+        return {**{key: float(scores.values[key]) for key in VALIDATED}, "clips": float(asked)}
+
+    def _shared(self, found: Mapping[str, float]) -> dict[str, float]:
+        """Return rank 0's values on every rank: a mean to which the others add nothing."""
+        world = self.runtime.world
+        return mean_over_ranks({n: found.get(n, 0.0) * world for n in (*VALIDATED, "clips")}, self.runtime)
 
     def _score(self, row: str, generator: str) -> Scores:
         name, folder = self.evaluator
