@@ -1,9 +1,11 @@
 """Fine-tuning strategies by name: one small frozen dataclass each."""
 
 from motionrft.finetune.strategies.alignprop import AlignProp
+from motionrft.finetune.strategies.ddpo import DDPO
 from motionrft.finetune.strategies.draft import DRaFT, DRaFTLV
 from motionrft.finetune.strategies.drtune import DRTune
 from motionrft.finetune.strategies.easytune import EasyTune
+from motionrft.finetune.strategies.flow_grpo import FlowGRPO
 from motionrft.finetune.strategies.refl import ReFL
 from motionrft.finetune.strategy import Strategy
 
@@ -14,6 +16,19 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "draft_lv": DRaFTLV,
     "alignprop": AlignProp,
     "drtune": DRTune,
+    "ddpo": DDPO,
+    "flow_grpo": FlowGRPO,
 }
 
-__all__ = ["STRATEGIES", "AlignProp", "DRTune", "DRaFT", "DRaFTLV", "EasyTune", "ReFL", "Strategy"]
+__all__ = [
+    "DDPO",
+    "STRATEGIES",
+    "AlignProp",
+    "DRTune",
+    "DRaFT",
+    "DRaFTLV",
+    "EasyTune",
+    "FlowGRPO",
+    "ReFL",
+    "Strategy",
+]
