@@ -134,7 +134,7 @@ class PolicyGradient(Strategy):
         decisions, scored = record(samples, {int(i) for i in steps}, self.log_prob)
         samples.metrics.add_rewards(scored, samples.objective.weights)
         advantage_N = self.advantages(scored.total_B, samples)
-        weights = self._step_weights(samples.table, [d.index for d in decisions])
+        weights = self.step_weights(samples.table, [d.index for d in decisions])
         for _ in range(self.inner_epochs):
             order = rng.permutation(len(decisions))
             for part in np.array_split(order, min(self.updates, len(decisions))):
@@ -164,7 +164,7 @@ class PolicyGradient(Strategy):
         samples.metrics.add("policy/advantage_std", advantage_BG.std(correction=0))
         return advantage_BG.flatten().float()
 
-    def _step_weights(self, table: SolverTable, steps: list[int]) -> list[float]:
+    def step_weights(self, table: SolverTable, steps: list[int]) -> list[float]:
         """Return the weight of each trained step, mean 1."""
         inverse = (table.c / table.b.abs())[steps] if self.equal_gain else torch.ones(len(steps))
         return (inverse / inverse.mean()).tolist()  # type: ignore[no-any-return]
