@@ -1,4 +1,4 @@
-"""Policy gradients against closed forms: densities, the flow's SDE, advantages, and the gradient of a Gaussian chain."""
+"""Policy gradients against closed forms: densities, the flow's SDE, advantages, a Gaussian chain's gradient."""
 
 from __future__ import annotations
 
@@ -76,41 +76,37 @@ def test_the_flows_sde_is_flow_grpos(num_steps: int, a: float) -> None:
         torch.testing.assert_close(getattr(flow_sde_table(num_steps, 0.0), name), getattr(euler, name))
 
 
-def gaussian_path(table: SolverTable, m: float, d: float) -> list[tuple[float, float]]:
-    """Mean and variance after each step when the data is N(m, d^2) and the velocity is exact."""
-    mean, variance, path = 0.0, 1.0, []
-    for i, t in enumerate(table.model_time.tolist()):
-        k = (t * d**2 - (1 - t)) / (t**2 * d**2 + (1 - t) ** 2)  # v(x) = m + k (x - t m)
+def gaussian_drift(table: SolverTable, start: int, m: float = 0.8, d: float = 0.5) -> float:
+    """How far mean or variance leave the flow's marginals after step `start`, for data N(m, d^2), exact velocity."""
+
+    def marginal(t: float) -> tuple[float, float]:
+        return t * m, t**2 * d**2 + (1 - t) ** 2
+
+    mean, variance = marginal(start / len(table))
+    worst = 0.0
+    for i in range(start, len(table)):
+        t = float(table.model_time[i])
         a, b, c = (float(column[i]) for column in (table.a, table.b, table.c))
-        mean = a * mean + b * (m + k * (mean - t * m))
-        variance = (a + b * k) ** 2 * variance + c**2
-        path.append((mean, variance))
-    return path
+        k = (t * d**2 - (1 - t)) / marginal(t)[1]  # v(x) = m + k (x - t m)
+        mean, variance = a * mean + b * (m + k * (mean - t * m)), (a + b * k) ** 2 * variance + c**2
+        want = marginal((i + 1) / len(table))
+        worst = max(worst, abs(mean - want[0]), abs(variance - want[1]))
+    return worst
 
 
-def test_the_sdes_marginals_become_the_flows_as_steps_shrink() -> None:
-    m, d = 0.8, 0.5
-
-    def worst(num_steps: int, noise: float) -> float:
-        errors = []
-        for i, (mean, variance) in enumerate(gaussian_path(flow_sde_table(num_steps, noise), m, d), start=1):
-            t = i / num_steps
-            if t > 0.1:  # the first steps replace an infinite rate
-                errors += [abs(mean - t * m), abs(variance - (t**2 * d**2 + (1 - t) ** 2))]
-        return max(errors)
-
-    for noise in (0.3, 0.7, 1.0):
-        assert worst(4000, noise) < 2e-3 < worst(50, noise)
-        assert worst(4000, noise) < 0.3 * worst(800, noise)
+@pytest.mark.parametrize("noise", [0.3, 0.7, 1.0])
+def test_the_sdes_marginals_become_the_flows_as_steps_shrink(noise: float) -> None:
+    coarse, fine = (gaussian_drift(flow_sde_table(n, noise), n // 10) for n in (100, 1000))
+    assert fine < 0.01 and fine == pytest.approx(coarse / 10, rel=0.2)  # an error of first order
 
 
 class Chain(nn.Module):
-    """out_i = theta_i x + phi_i."""
+    """out_i = theta_i x + phi_i, near what is right for N(0, 1) data."""
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, ideal: Tensor) -> None:
         super().__init__()
-        self.theta = nn.Parameter(0.3 * draw(num_steps, seed=3))
-        self.phi = nn.Parameter(0.3 * draw(num_steps, seed=4))
+        self.theta = nn.Parameter(ideal.float() + 0.1 * draw(len(ideal), seed=3))
+        self.phi = nn.Parameter(0.3 * draw(len(ideal), seed=4))
 
     def forward(self, x: Tensor, i: int) -> Tensor:
         return self.theta[i] * x + self.phi[i]
@@ -122,7 +118,10 @@ class ChainGenerator:
     spec = SimpleNamespace(representation=KIND, prediction="eps")
 
     def __init__(self, table: SolverTable) -> None:
-        self.table, self.network = table, Chain(len(table))
+        level = table.noise_level[:-1]
+        signal = (1 - level**2).sqrt()
+        self.table = table
+        self.network = Chain(level if table.scale is None else (signal - level) * table.scale[:-1])
         self.step_of = {float(t): i for i, t in enumerate(table.model_time)}
 
     def state_shape(self, num_frames: int) -> tuple[int, ...]:
@@ -191,21 +190,20 @@ TABLES = {
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
-@pytest.mark.parametrize("base", [DDPO, FlowGRPO])
-def test_the_estimate_is_the_gradient_of_the_expected_reward(base: type[Strategy], table: SolverTable) -> None:
+def test_the_estimate_is_the_gradient_of_the_expected_reward(table: SolverTable) -> None:
     generator = ChainGenerator(table)
     # Plain advantages and one update: what is left is REINFORCE with a baseline. The last step is not trained.
-    plain = base(
+    plain = FlowGRPO(
         group=3000, scale="none", advantage_clip=0.0, log_prob="sum", updates=1, kl_weight=0.0, equal_gain=False
     )
-    found = torch.stack([chain_gradient(generator, plain, step, [2]) for step in range(12)])
+    found = torch.stack([chain_gradient(generator, plain, step, [2]) for step in range(24)])
     estimate = (found * (len(table) - 1)).mean(0)  # the update takes the mean over steps
-    error = (found * (len(table) - 1)).std(0) / 12**0.5
+    error = (found * (len(table) - 1)).std(0) / 24**0.5
     value = generator.expected_reward()
     exact = torch.stack(torch.autograd.grad(value, [generator.network.theta, generator.network.phi]))
     exact[:, -1] = 0.0
     assert (estimate[:, -1] == 0).all() and exact.norm() > 0.1
-    assert ((estimate - exact).abs() <= 4 * error).all()
+    assert ((estimate - exact).abs() <= 5 * error).all()
     assert float((estimate - exact).norm() / exact.norm()) < 0.1
 
 
