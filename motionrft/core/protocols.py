@@ -74,6 +74,10 @@ class MotionGenerator(Protocol):
         """The family's sampler at `num_steps`."""
         ...
 
+    def stochastic_solver(self, num_steps: int, noise: float) -> SolverTable:
+        """A sampler with fresh noise at every step but perhaps the last; `noise` in (0, 1] says how much."""
+        ...
+
     def predict(
         self, network: Callable[..., Tensor], x: Tensor, t: Tensor, condition: Condition, lengths_B: Tensor
     ) -> Tensor:

@@ -136,6 +136,7 @@ class StepOutput:
     update: bool  # the caller takes an optimiser step after this output
     noise_level: float  # of the scored tensor times `scale`, sqrt(1 - alpha_bar): 0 clean .. 1 pure noise
     scale: float = 1.0  # makes the scored tensor variance-preserving, sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps
+    mean: Tensor | None = None  # x_prev before fresh noise was added, where the loop says so
 
 
 @dataclass(frozen=True)

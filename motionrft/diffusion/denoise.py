@@ -90,27 +90,35 @@ def denoise(
             out = predict(x_in, times[i])
         if gains is not None and action.cut_input and not action.cut_after:
             history = x - x.detach()  # zero in value; carries the chain's gradient
-            x_prev, x0_hat = solver_step(table, i, x.detach(), out, noise)
-            x_prev, x0_hat = x_prev + gains[0][i] * history, x0_hat + gains[1][i] * history
+            mean, x0_hat = solver_step(table, i, x.detach(), out, None)
+            mean, x0_hat = mean + gains[0][i] * history, x0_hat + gains[1][i] * history
             del history
         else:
-            x_prev, x0_hat = solver_step(table, i, x.detach() if action.cut_after else x, out, noise)
+            mean, x0_hat = solver_step(table, i, x.detach() if action.cut_after else x, out, None)
+        x_prev = with_noise(table, i, mean, noise)
         # The caller sees x_prev before the cut: the last step's gradient reaches it through `out`.
-        yield StepOutput(i, x_in, x_prev, x0_hat, action.score, action.update, *read_at(table, i, action.score))
+        read = read_at(table, i, action.score)
+        yield StepOutput(i, x_in, x_prev, x0_hat, action.score, action.update, *read, mean=mean)
         if action.stop:
             return
         x = x_prev.detach() if action.cut_after else x_prev
         # A suspended generator must not keep the step's graph alive while the next network call runs.
-        del x_in, out, x_prev, x0_hat
+        del x_in, out, mean, x_prev, x0_hat
 
 
 def solver_step(table: SolverTable, i: int, x: Tensor, out: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
-    """Return (x_prev, x0_hat) of step i for state x (B, ...) and network output `out`; `noise` as in `denoise`."""
-    a, b, c, p, q = (float(column[i]) for column in (table.a, table.b, table.c, table.p, table.q))
-    x_prev = _affine(a, x, b, out)
-    if c != 0 and noise is not None:
-        x_prev = x_prev + c * noise(i).to(x_prev.dtype)
-    return x_prev, _affine(p, x, q, out)
+    """Return (x_prev, x0_hat) of step i for state x (B, ...) and network output `out`; `noise` as in `denoise`.
+
+    Without noise, x_prev is the mean of the step.
+    """
+    a, b, p, q = (float(column[i]) for column in (table.a, table.b, table.p, table.q))
+    return with_noise(table, i, _affine(a, x, b, out), noise), _affine(p, x, q, out)
+
+
+def with_noise(table: SolverTable, i: int, mean: Tensor, noise: Noise | None) -> Tensor:
+    """Return a step's mean plus its fresh noise, where the sampler has one."""
+    c = float(table.c[i])
+    return mean if c == 0 or noise is None else mean + c * noise(i).to(mean.dtype)
 
 
 def read_at(table: SolverTable, i: int, score: str) -> tuple[float, float]:

@@ -6,6 +6,8 @@ closed-form tests, and the strategies that need the sampler's linear part.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -98,6 +100,27 @@ def flow_euler_table(num_steps: int) -> SolverTable:
     time, one = edges[:-1], torch.ones(num_steps, dtype=torch.float64)
     norm = torch.hypot(edges, 1 - edges)
     return SolverTable(time, one, one / num_steps, 0 * one, one, 1 - time, (1 - edges) / norm, 1 / norm)
+
+
+def flow_sde_table(num_steps: int, noise: float) -> SolverTable:
+    """Return Euler-Maruyama steps of the SDE whose marginals are those of the flow; velocity as in `flow_euler_table`.
+
+    x_prev = x + h [v + s^2 (t v - x) / (2 (1 - t))] + s sqrt(h) noise with s = a sqrt((1 - t) / t). In the first step,
+    where s is infinite, its denominator is the second step's t.
+
+    Args:
+        num_steps: S.
+        noise: a; 0 gives the Euler steps themselves.
+
+    Source: Flow-GRPO (Liu et al.), Eq. 9; there t counts from data to noise.
+    Differs: the last step is the plain Euler step. Nothing learns from it, and its noise, of the size of one step,
+    would stay in the sample.
+    """
+    euler = flow_euler_table(num_steps)
+    h, time = 1.0 / num_steps, euler.model_time
+    share = noise**2 / time.clamp(min=h)  # s^2 / (1 - t)
+    share[-1] = 0.0
+    return replace(euler, a=1 - h * share / 2, b=h * (1 + share * time / 2), c=(share * (1 - time) * h).sqrt())
 
 
 def skip_gains(table: SolverTable, prediction: str) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,7 @@ class Rollout:
         seed: run seed.
         collective: rank operations.
         metrics: where measurements go; default: a new collection.
+        table: the sampler; default: the generator's own.
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class Rollout:
         seed: int,
         collective: Collective,
         metrics: Metrics | None = None,
+        table: SolverTable | None = None,
     ) -> None:
         self.engine, self.generator, self._reference, self.reward = engine, generator, reference, reward
         self.batch, self.objective, self.num_steps, self.progress = batch, objective, num_steps, progress
         self.step, self.seed, self.collective = step, seed, collective
         self.metrics = Metrics() if metrics is None else metrics
+        self.table = generator.solver(num_steps) if table is None else table
         self.shape = generator.state_shape(int(batch.lengths_B.max()))
         self._draw = (seed, "rollout", step)
         self.x_T = initial_noise(batch.keys_B, self.shape, *self._draw)
@@ -89,21 +92,16 @@ class Rollout:
         return numpy_rng(self.seed, "plan", self.step)
 
     @cached_property
-    def table(self) -> SolverTable:
-        """The generator's sampler at S steps."""
-        return self.generator.solver(self.num_steps)
-
-    @cached_property
     def share(self) -> float:
         """1 / (mean rows per rank): ranks are averaged, so uneven ranks still give the global mean."""
         rows = torch.tensor(float(len(self.batch)), device=self.batch.lengths_B.device)
         return 1.0 / float(self.collective.mean(rows))
 
-    def repeated(self, count: int) -> Rollout:
+    def repeated(self, count: int, table: SolverTable | None = None) -> Rollout:
         """Return a rollout of every prompt `count` times, row by row, each with noise of its own.
 
         Rows of one prompt are neighbours: row b becomes rows b * count .. b * count + count - 1. Measurements go to
-        the same collection.
+        the same collection. `table` replaces the sampler.
         """
         keys = [[derive_seed("repeat", int(key), copy) for copy in range(count)] for key in self.batch.keys_B.tolist()]
         keys_B = torch.tensor(keys, dtype=torch.int64, device=self.batch.keys_B.device).flatten()
@@ -121,6 +119,7 @@ class Rollout:
             seed=self.seed,
             collective=self.collective,
             metrics=self.metrics,
+            table=self.table if table is None else table,
         )
 
     def reference(self, what: str) -> MotionGenerator:
@@ -270,7 +269,7 @@ class Rollout:
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return reference.predict(reference.network, x, t, batch.prompt, batch.lengths_B)
 
-        state = sample(reference.solver(self.num_steps), predict, self.x_T, self.noise)
+        state = sample(self.table, predict, self.x_T, self.noise)
         return self.reward.embed(reference.decode(state, batch.lengths_B), batch.lengths_B, kind)
 
 

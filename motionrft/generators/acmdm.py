@@ -18,7 +18,7 @@ from motionrft.core.protocols import SolverTable
 from motionrft.core.rng import keyed_normal, keyed_uniform
 from motionrft.core.types import Condition, MotionBatch, Representation, valid_mask
 from motionrft.diffusion.prediction import flow_remaining, flow_state
-from motionrft.diffusion.solvers import flow_euler_table
+from motionrft.diffusion.solvers import flow_euler_table, flow_sde_table
 from motionrft.generators.acmdm_autoencoder import (
     FRAMES_PER_LATENT,
     ACMDMLatentConfig,
@@ -82,6 +82,9 @@ class ACMDMGenerator(Generator):
 
     def _table(self, num_steps: int) -> SolverTable:
         return flow_euler_table(num_steps)
+
+    def _stochastic_table(self, num_steps: int, noise: float) -> SolverTable:
+        return flow_sde_table(num_steps, noise)
 
     def call(
         self,

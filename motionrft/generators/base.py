@@ -184,6 +184,23 @@ class Generator(ABC):
         Raises:
             ConfigError: a number of steps the sampler does not have.
         """
+        self._check_steps(num_steps)
+        return self._table(num_steps)
+
+    def stochastic_solver(self, num_steps: int, noise: float) -> SolverTable:
+        """Return a sampler at S steps with fresh noise at every step but perhaps the last, whatever `solver` is.
+
+        Args:
+            num_steps: S.
+            noise: in (0, 1]: eta of DDIM, a of a flow's SDE; consistency sampling has its own noise.
+
+        Raises:
+            ConfigError: as `solver`.
+        """
+        self._check_steps(num_steps)
+        return self._stochastic_table(num_steps, noise)
+
+    def _check_steps(self, num_steps: int) -> None:
         if not 1 <= num_steps <= self.spec.train_steps:
             raise ConfigError(
                 explain(
@@ -193,7 +210,6 @@ class Generator(ABC):
                     "Choose fewer steps.",
                 )
             )
-        return self._table(num_steps)
 
     def state_lengths(self, lengths_B: Tensor) -> Tensor:
         """Return how many rows along the state's first axis hold a valid frame, (B,) int64."""
@@ -275,6 +291,9 @@ class Generator(ABC):
 
     @abstractmethod
     def _table(self, num_steps: int) -> SolverTable: ...
+
+    @abstractmethod
+    def _stochastic_table(self, num_steps: int, noise: float) -> SolverTable: ...
 
     @abstractmethod
     def decode(self, state: Tensor, lengths_B: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from motionrft.core.protocols import SolverTable
 from motionrft.core.rng import keyed_normal, keyed_uniform
 from motionrft.core.types import Condition, MotionBatch, Representation, valid_mask
 from motionrft.diffusion.prediction import flow_remaining
-from motionrft.diffusion.solvers import flow_euler_table
+from motionrft.diffusion.solvers import flow_euler_table, flow_sde_table
 from motionrft.generators.base import Build, Generator
 from motionrft.generators.hymotion_network import FULL, LITE, HYMotion, HYMotionConfig
 from motionrft.representations.layouts import rotation_to_hymotion
@@ -115,6 +115,9 @@ class HYMotionGenerator(Generator):
 
     def _table(self, num_steps: int) -> SolverTable:
         return flow_euler_table(num_steps)
+
+    def _stochastic_table(self, num_steps: int, noise: float) -> SolverTable:
+        return flow_sde_table(num_steps, noise)
 
     def call(
         self,

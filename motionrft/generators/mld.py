@@ -165,8 +165,11 @@ class MLDGenerator(LatentGenerator):
         super().__init__(build, config, MLDDenoiser(config), latents, guidance)
 
     def _table(self, num_steps: int) -> SolverTable:
+        return self._stochastic_table(num_steps, self.eta)
+
+    def _stochastic_table(self, num_steps: int, noise: float) -> SolverTable:
         timesteps = spaced_timesteps(self.spec.train_steps, num_steps, "leading")
-        return ddim_table(self.alpha_bar, timesteps, "eps", self.eta, float(self.alpha_bar[0]))
+        return ddim_table(self.alpha_bar, timesteps, "eps", noise, float(self.alpha_bar[0]))
 
     def call(
         self,

@@ -123,6 +123,10 @@ class MotionLCMGenerator(LatentGenerator):
         rows = torch.stack([times.double(), torch.full((num_steps,), scale, dtype=torch.float64)], dim=-1)
         return replace(lcm_table(self.alpha_bar, times), model_time=rows[:, None])
 
+    def _stochastic_table(self, num_steps: int, noise: float) -> SolverTable:
+        del noise  # every step but the last makes all noise anew
+        return self._table(num_steps)
+
     def _require_steps(self, holds: bool, expected: str, got: int) -> None:
         if not holds:
             where = f"{self.spec.family} generator, sampling={self.config.sampling}"

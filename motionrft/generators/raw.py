@@ -56,10 +56,13 @@ class RawMotionGenerator(Generator):
         return (num_frames, self.features)
 
     def _table(self, num_steps: int) -> SolverTable:
-        timesteps = spaced_timesteps(self.spec.train_steps, num_steps)
         if self.solver_name == "ddpm":
-            return ddpm_table(self.alpha_bar, timesteps, self.spec.prediction)
-        return ddim_table(self.alpha_bar, timesteps, self.spec.prediction, self.eta)
+            return ddpm_table(self.alpha_bar, spaced_timesteps(self.spec.train_steps, num_steps), self.spec.prediction)
+        return self._stochastic_table(num_steps, self.eta)
+
+    def _stochastic_table(self, num_steps: int, noise: float) -> SolverTable:
+        timesteps = spaced_timesteps(self.spec.train_steps, num_steps)
+        return ddim_table(self.alpha_bar, timesteps, self.spec.prediction, noise)
 
     def decode(self, state: Tensor, lengths_B: Tensor) -> Tensor:
         """Return physical features (B, T, D) of a normalised state, zeros beyond each length; differentiable."""

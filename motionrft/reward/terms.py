@@ -68,7 +68,11 @@ class MotionView:
 
 
 class RewardTerm(Protocol):
-    """One value per motion, differentiable with respect to it, independent of padding."""
+    """One value per motion, independent of padding, and differentiable with respect to it.
+
+    A term without a gradient (a count, a simulator) has `differentiable: ClassVar[bool] = False`; only methods that
+    do not differentiate the reward can maximise it.
+    """
 
     name: ClassVar[str]
 
@@ -95,6 +99,11 @@ def register_term(term: Term) -> Term:
         raise ConfigError(explain("an unused term name", repr(term.name), "reward terms", "Choose another name."))
     TERMS[term.name] = term
     return term
+
+
+def without_gradient(names: Iterable[str]) -> list[str]:
+    """Return the terms among `names` that say they are not differentiable."""
+    return [name for name in names if not getattr(TERMS.get(name), "differentiable", True)]
 
 
 def import_terms(modules: Iterable[str], where: str) -> None:

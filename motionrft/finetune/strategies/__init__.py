@@ -1,10 +1,12 @@
 """Fine-tuning strategies by name: one small frozen dataclass each."""
 
 from motionrft.finetune.strategies.alignprop import AlignProp
+from motionrft.finetune.strategies.ddpo import DDPO
 from motionrft.finetune.strategies.dpo import DiffusionDPO
 from motionrft.finetune.strategies.draft import DRaFT, DRaFTLV
 from motionrft.finetune.strategies.drtune import DRTune
 from motionrft.finetune.strategies.easytune import EasyTune
+from motionrft.finetune.strategies.flow_grpo import FlowGRPO
 from motionrft.finetune.strategies.refl import ReFL
 from motionrft.finetune.strategies.sopo import SoPo
 from motionrft.finetune.strategy import Strategy
@@ -16,11 +18,14 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "draft_lv": DRaFTLV,
     "alignprop": AlignProp,
     "drtune": DRTune,
+    "ddpo": DDPO,
+    "flow_grpo": FlowGRPO,
     "dpo": DiffusionDPO,
     "sopo": SoPo,
 }
 
 __all__ = [
+    "DDPO",
     "STRATEGIES",
     "AlignProp",
     "DRTune",
@@ -28,6 +33,7 @@ __all__ = [
     "DRaFTLV",
     "DiffusionDPO",
     "EasyTune",
+    "FlowGRPO",
     "ReFL",
     "SoPo",
     "Strategy",

@@ -19,7 +19,7 @@ from motionrft.finetune.step import SIMILARITY_TARGETS, Objective, rollout_step
 from motionrft.finetune.strategies import EasyTune, Strategy
 from motionrft.generators.base import Generator
 from motionrft.generators.lora import Adapter, adapter_for, add_adapter
-from motionrft.reward.terms import LEARNED_TERMS, TERMS, import_terms
+from motionrft.reward.terms import LEARNED_TERMS, TERMS, import_terms, without_gradient
 from motionrft.training.checkpoint import Card, CheckpointStore
 from motionrft.training.ema import Ema
 from motionrft.training.guard import Guard, GuardConfig
@@ -116,10 +116,16 @@ class FinetuneRecipe:
         known = [*LEARNED_TERMS, *TERMS]
         unknown = [n for n in self.weights if n not in known]
         negative = [n for n, w in self.weights.items() if not w >= 0]
+        flat = without_gradient(n for n, w in self.weights.items() if w)
         window = getattr(self.strategy, "window", 0)
         rules = [
             (not unknown, f"weights name unknown terms {unknown}; known: {known}"),
             (not negative, f"weights must not be negative: {negative}"),
+            (
+                not (flat and self.strategy.differentiates_reward),
+                f"{type(self.strategy).__name__} differentiates the reward, but terms {flat} have no gradient: use "
+                "strategy DDPO or FlowGRPO, or give them weight 0",
+            ),
             (any(self.weights.values()), "every weight is zero: nothing to maximise"),
             (self.similarity_target in SIMILARITY_TARGETS, f"similarity_target must be one of {SIMILARITY_TARGETS}"),
             (self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}"),
