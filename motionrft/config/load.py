@@ -73,7 +73,7 @@ def resolve(
     for layer in layers:
         _check_sections(layer)
         merged = merge(merged, layer)
-    for dotted, value in [*(parse_flag(flag) for flag in flags), *(overrides or {}).items()]:
+    for dotted, value in [*(parse_flag(flag) for flag in flags), *parents_first(overrides or {})]:
         _check_sections([dotted.split(".")[0]])
         set_field(merged, dotted, value)
     return from_plain(RunConfig, merged, "configuration")
@@ -130,8 +130,9 @@ def _short(class_path: Any) -> str:
 def set_field(values: dict[str, Any], dotted: str, value: Any) -> None:
     """Set one field in nested plain data: "finetune.weights.semantic", "finetune.strategy.window", ...
 
-    Fields of a variant are reached through its name; "finetune.strategy" itself takes the name of another variant.
-    The "init_args" of the YAML form may be written or left out.
+    Fields of a variant are reached through its name; "finetune.strategy" itself takes the name of another variant, and
+    naming the present one keeps its fields (as `merge` does). The "init_args" of the YAML form may be written or left
+    out.
     """
     place = values
     *parents, leaf = (key for key in dotted.split(".") if key != "init_args")
@@ -144,7 +145,16 @@ def set_field(values: dict[str, Any], dotted: str, value: Any) -> None:
         place = place[key]
         if "class_path" in place:
             place = place.setdefault("init_args", {})
+    present = place.get(leaf)
+    if isinstance(value, str) and isinstance(present, dict) and "class_path" in present:
+        if _short(present["class_path"]) == _short(value):
+            return
     place[leaf] = value
+
+
+def parents_first(overrides: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return (dotted field, value) in an order that sets a variant before the fields it has."""
+    return sorted(overrides.items(), key=lambda item: item[0].count("."))
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:

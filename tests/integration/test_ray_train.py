@@ -22,7 +22,8 @@ from motionrft.runtime.data import check_object_store, load_blocks, uncompressed
 from motionrft.runtime.executor import RayExecutor
 from motionrft.runtime.session import check_capacity, ray_session
 from motionrft.runtime.train import run_on_ray
-from motionrft.runtime.tune import SearchConfig, apply_overrides, run_search, to_domain
+from motionrft.runtime.tune import apply_overrides, run_search
+from motionrft.runtime.tune_search import SearchConfig, to_domain
 from motionrft.training.metrics import read_metrics
 from motionrft.training.runtime_local import LocalRuntime
 from motionrft.training.stages import Stage
