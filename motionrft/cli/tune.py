@@ -17,14 +17,14 @@ import yaml
 
 from motionrft.cli.common import command_line, required, start
 from motionrft.cli.main import add_run_arguments
-from motionrft.config.load import parse_flag, resolve, write_run_config
+from motionrft.config.load import parse_flag, resolve, touched_sections, write_run_config
 from motionrft.config.schema import RunConfig
 from motionrft.core.errors import ConfigError
-from motionrft.core.plain import from_plain, to_plain
+from motionrft.core.plain import to_plain
 from motionrft.report.html import write_report
 from motionrft.report.search_page import search_page
 from motionrft.runtime.session import ray_session
-from motionrft.runtime.tune import apply_overrides, run_search
+from motionrft.runtime.tune import run_search
 from motionrft.runtime.tune_analysis import analyse
 from motionrft.runtime.tune_search import SearchConfig, corner_points
 from motionrft.training.recipes.evaluate import validation_recipe
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     base["finetune"] |= {"validate_every": every, "checkpoint_every": every}
     fields = space.resolved(base, dict(parse_flag(text) for text in options.vary))
     for point in corner_points(fields, np.random.RandomState(config.seed)):
-        from_plain(RunConfig, apply_overrides(base, point), "search space")
+        touched_sections(base, point)
     write_run_config(folder, config, command_line())
     with ray_session(config.hardware):
         result = run_search(

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import ray.tune
 import yaml
 from ray.tune.search.optuna import OptunaSearch
 
-from motionrft.config.load import parents_first, set_field
+from motionrft.config.load import apply_overrides, parents_first
 from motionrft.core.errors import ClusterError, ConfigError, explain
 from motionrft.runtime.tune_analysis import pareto_front
 from motionrft.runtime.tune_search import SearchConfig, concurrent_trials, scheduler, searcher, stopper, to_domain
@@ -85,6 +84,11 @@ def run_search(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "search.json").write_text(_asked(space, config), encoding="utf-8")
     rows = _rows(tuner.fit(), config)
+    planned = config.num_samples * math.prod(
+        len(s["grid"]) for s in space.values() if isinstance(s, dict) and "grid" in s
+    )
+    if len(rows) < planned:
+        _LOG.warning("interrupted: %d of %d trials were started; --resume runs the rest", len(rows), planned)
     if not rows or not _usable(rows[0], config):
         reason = next((row["error"] for row in rows if row["error"]), f"no trial reported {[*config.goals]}")
         raise ClusterError(f"none of {len(rows)} trials finished: {reason}. Logs are in {where}")
@@ -231,11 +235,3 @@ def _front(rows: Sequence[Mapping[str, Any]], config: SearchConfig) -> list[Mapp
 def _write_config(path: Path, base: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(apply_overrides(base, overrides), sort_keys=False), encoding="utf-8")
-
-
-def apply_overrides(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a nested configuration with dotted fields set; missing levels are created."""
-    result = deepcopy(dict(base))
-    for dotted, value in parents_first(overrides):
-        set_field(result, dotted, value)
-    return result
