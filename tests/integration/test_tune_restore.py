@@ -28,7 +28,7 @@ FRONT = SearchConfig(
     "gain",
     "max",
     objectives={"gain": "max", "cost": "min"},
-    num_samples=6,
+    num_samples=8,
     search="optuna",
     scheduler="none",
     max_concurrent=1,  # with two at a time the order of results, and so the model, depends on the machine
@@ -67,18 +67,18 @@ def test_an_interrupted_search_draws_the_points_of_an_uninterrupted_one(session:
     driver = os.getpid()
 
     def interrupt(finished: int) -> None:
-        if finished == 4:
-            os.kill(driver, signal.SIGINT)  # Ctrl-C, with two trials to go and the model already asked
+        if finished == 5:
+            os.kill(driver, signal.SIGINT)  # Ctrl-C, with three trials to go and the model already asked
             time.sleep(60)
 
     straight = run_search(toy(tmp_path / "a.log"), SPACE, FRONT, tmp_path / "a", base_config={"seed": 1})
     broken = run_search(toy(tmp_path / "b.log", interrupt), SPACE, FRONT, tmp_path / "b", base_config={"seed": 1})
-    assert sum(row["finished"] for row in broken.trials) == 4
+    assert sum(row["finished"] for row in broken.trials) == 5
     with pytest.raises(ConfigError, match="another space"):
         run_search(toy(tmp_path / "b.log"), {**SPACE, "toy.y": 0.5}, FRONT, tmp_path / "b", resume=True)
     resumed = run_search(toy(tmp_path / "b.log"), SPACE, FRONT, tmp_path / "b", base_config={"seed": 1}, resume=True)
     runs = [(tmp_path / name).read_text().splitlines() for name in ("a.log", "b.log")]
-    assert len(runs[0]) == 6 and runs[0] == runs[1]  # no finished trial ran again, and every later point is the same
+    assert len(runs[0]) == 8 and runs[0] == runs[1]  # no finished trial ran again, and every later point is the same
     assert resumed.best == straight.best
     points = [[(row["overrides"], row["objectives"], row["front"]) for row in r.trials] for r in (straight, resumed)]
     assert sorted(points[0], key=str) == sorted(points[1], key=str)
