@@ -159,10 +159,13 @@ def run_trial(overrides: Mapping[str, Any], report: Any, *, base: Mapping[str, A
     config = resolve(files=[source], overrides=overrides)
     source.unlink()
     write_run_config(place, config, ["trial of", folder])
-    runtime = LocalRuntime(
-        "cuda" if config.hardware.workers.use_gpu else "cpu",
-        on_report=lambda values: report({k: v for k, v in values.items() if k.startswith("val/")}),
-    )
+
+    def on_report(values: Mapping[str, float]) -> None:
+        validated = {k: v for k, v in values.items() if k.startswith("val/")}
+        if validated:  # a checkpoint between two validations is no report: schedulers count them
+            report(validated)
+
+    runtime = LocalRuntime("cuda" if config.hardware.workers.use_gpu else "cpu", on_report=on_report)
     stage = Stage(".", "motionrft.training.recipes.finetune:run", to_plain(finetune_job(config)))
     result = run_local([stage], runtime, place, resume=True)["."]
     values = {k: float(v) for k, v in result["validation"].items() if k.startswith("val/")}
