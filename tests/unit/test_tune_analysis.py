@@ -96,6 +96,12 @@ def test_the_field_that_matters_comes_first_and_the_others_are_not_clear(
             assert "larger values" not in sentence
 
 
+def test_what_chance_gives_is_taken_off_the_shares() -> None:
+    few = trials(20, lambda p, rng: (p["finetune.strategy.mode"] == "b") + 0.1 * rng.randn(), seed=2)
+    shares = {row["field"]: row["share"] for row in analyse(few, SPACE, {"gain": "max"})[0]}
+    assert shares["finetune.strategy.mode"] > 0.9  # 0.47 as measured: the rate has 0.44
+
+
 def test_noise_is_called_noise_and_few_trials_too_few() -> None:
     for seed in range(2):
         found, (sentence,) = analyse(trials(30, lambda p, rng: rng.randn(), seed), SPACE, {"gain": "max"})
