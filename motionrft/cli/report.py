@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from motionrft.core.errors import ConfigError, DataError
 from motionrft.report.html import write_report
+from motionrft.report.search_page import search_page
 from motionrft.training.metrics import read_metrics
 from motionrft.training.stages import RECORD, read_json
 
@@ -39,10 +41,13 @@ def run(options: argparse.Namespace) -> int:
     summary = read_json(folder / "summary.json") or {}
     if not curves and not summary:
         raise DataError(f"{folder} holds neither metrics.jsonl nor summary.json: give the folder of a run")
-    page = {"title": f"Run {folder.name}", "rows": _rows(summary), "timings": timings}
+    page: dict[str, Any] = {"title": f"Run {folder.name}", "rows": _rows(summary), "timings": timings}
+    notes: list[str] = []
+    if "importance" in summary:  # a search: its own page, not the curves of every trial
+        page, curves, notes = search_page(summary, json.loads((folder / "results.json").read_text(encoding="utf-8")))
     config = folder / "config.yaml"
     out = options.out or folder / "report.html"
-    write_report(out, page, curves, [], config.read_text(encoding="utf-8") if config.is_file() else "")
+    write_report(out, page, curves, [], config.read_text(encoding="utf-8") if config.is_file() else "", notes)
     print(f"report: {out}")
     return 0
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.tune
 import yaml
 
 from motionrft.cli.common import command_line, required, start
 from motionrft.cli.main import add_run_arguments
-from motionrft.config.load import resolve, write_run_config
+from motionrft.config.load import parse_flag, resolve, touched_sections, write_run_config
 from motionrft.config.schema import RunConfig
 from motionrft.core.errors import ConfigError
 from motionrft.core.plain import to_plain
 from motionrft.report.html import write_report
+from motionrft.report.search_page import search_page
 from motionrft.runtime.session import ray_session
 from motionrft.runtime.tune import run_search
+from motionrft.runtime.tune_analysis import analyse
+from motionrft.runtime.tune_search import SearchConfig, corner_points
 from motionrft.training.recipes.evaluate import validation_recipe
 from motionrft.training.recipes.finetune import FinetuneJob
 from motionrft.training.runtime_local import LocalRuntime
@@ -34,8 +39,24 @@ _LOG = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     """Add the verb's options."""
     parser.add_argument("--space", default="easytune", help=f"search space: {', '.join(space_names())}")
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="FIELD=DISTRIBUTION",
+        help="add or replace one field of the space, e.g. 'finetune.optim.lr={loguniform: [3e-6, 3e-5]}'; a plain "
+        "value fixes it",
+    )
+    parser.add_argument(
+        "--objective",
+        metavar="METRIC:MODE[,METRIC:MODE]",
+        help="what to search for, e.g. val/fid:min; several give a Pareto front, of which val/score picks one",
+    )
+    parser.add_argument("--search", choices=("random", "optuna"), help="how points are chosen (default: the space's)")
     parser.add_argument("--samples", type=int, help="trials (default: the space's)")
-    parser.add_argument("--concurrent", type=int, default=0, help="trials at a time; 0 = as many as the CPUs allow")
+    parser.add_argument(
+        "--concurrent", type=int, default=0, help="trials at a time; 0 = as many as CPUs and GPUs allow"
+    )
     add_run_arguments(parser, "runs/tune")
 
 
@@ -48,38 +69,85 @@ def run(options: argparse.Namespace) -> int:
         )
     space = load_space(options.space)
     config = _with_absolute_inputs(config)
-    search = replace(
-        space.search,
-        num_samples=options.samples or space.search.num_samples,
-        max_concurrent=options.concurrent,
-        gpus_per_trial=config.hardware.workers.gpus_per_worker,
-        seed=config.seed,
-    )
+    search = search_settings(space.search, options, config)
     folder = options.run_dir.resolve()
-    write_run_config(folder, config, command_line())
     base = to_plain(config)
-    every = max(1, config.finetune.batches // search.max_reports)
+    # Rounded up: a trial never reports more often than the scheduler was told, the last report included.
+    every = math.ceil(config.finetune.batches / search.max_reports)
     base["finetune"] |= {"validate_every": every, "checkpoint_every": every}
+    fields = space.resolved(base, dict(parse_flag(text) for text in options.vary))
+    for point in corner_points(fields, np.random.RandomState(config.seed)):
+        touched_sections(base, point)
+    write_run_config(folder, config, command_line())
     with ray_session(config.hardware):
         result = run_search(
             partial(run_trial, base=base, folder=str(folder)),
-            space.fields,
+            fields,
             search,
             folder,
             base_config=base,
             resume=options.resume,
         )
-    rows = [{"trial": r["trial"], search.metric: r["value"], **r["overrides"]} for r in result.trials]
-    notes = [space.question, f"maximised: {search.metric} on the validation split"]
-    write_report(folder / "report.html", {"title": f"Search: {options.space}"}, {"tune": rows}, [], "", notes)
-    write_json(folder / "summary.json", {"best": dict(result.best), "value": result.best_value, "trials": len(rows)})
-    print(f"{'trial':<40}{search.metric:>12}")
-    for row in rows:
-        value = row[search.metric]
-        print(f"{row['trial']:<40}{'failed' if value is None else format(value, '12.4f'):>12}")
-    print(f"best {result.best_value:.4f}: {yaml.safe_dump(dict(result.best), default_flow_style=True).strip()}")
-    print(f"run it alone: motionrft finetune --config {folder / 'best_config.yaml'} --backend single")
+    importance, verdict = analyse(result.trials, fields, search.goals)
+    summary = {
+        "name": options.space,
+        "question": space.question,
+        "metric": search.metric,
+        "mode": search.mode,
+        "objectives": dict(search.objectives),
+        "space": fields,
+        "best": dict(result.best),
+        "value": result.best_value,
+        "trials": len(result.trials),
+        "importance": importance,
+        "verdict": verdict,
+    }
+    write_json(folder / "summary.json", summary)
+    page, curves, notes = search_page(summary, result.trials)
+    write_report(folder / "report.html", page, curves, [], (folder / "config.yaml").read_text("utf-8"), notes)
+    _print(summary, result.trials)
+    print(f"run the best alone: motionrft finetune --config {folder / 'best_config.yaml'} --backend single")
     return 0
+
+
+def search_settings(search: SearchConfig, options: argparse.Namespace, config: RunConfig) -> SearchConfig:
+    """Return the space's settings with what the command line and the hardware profile say."""
+    workers = config.hardware.workers
+    search = replace(
+        search,
+        num_samples=search.num_samples if options.samples is None else options.samples,
+        search=options.search or search.search,
+        sampler="tpe" if options.search == "random" else search.sampler,
+        max_concurrent=options.concurrent,
+        cpus_per_trial=workers.cpus_per_worker,
+        gpus_per_trial=workers.gpus_per_worker,
+        seed=config.seed,
+    )
+    if not options.objective:
+        return search
+    pairs = [text.rpartition(":") for text in options.objective.split(",")]
+    if not all(metric and mode for metric, _, mode in pairs):
+        raise ConfigError(f"--objective takes METRIC:MODE, e.g. val/fid:min, got {options.objective!r}")
+    goals = {metric: mode for metric, _, mode in pairs}
+    if len(goals) == 1:
+        ((metric, mode),) = goals.items()
+        return replace(search, metric=metric, mode=mode, objectives={})
+    if search.scheduler == "asha":
+        _LOG.info("several objectives: every trial runs to its end, because asha compares trials by one number")
+    return replace(search, objectives=goals, scheduler="none")
+
+
+def _print(summary: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> None:
+    metrics = [*dict.fromkeys([summary["metric"], *summary["objectives"]])]
+    print(f"{'trial':<40}" + "".join(f"{metric:>24}" for metric in metrics))
+    for row in trials:
+        values = {summary["metric"]: row["value"], **row["objectives"]}
+        cells = ("failed" if values[m] is None else f"{values[m]:.4f}" for m in metrics)
+        mark = "  front" if row["front"] else "" if row["finished"] else "  stopped"
+        print(f"{row['trial']:<40}" + "".join(f"{cell:>24}" for cell in cells) + mark)
+    print("\n".join(summary["verdict"]))
+    best = yaml.safe_dump(dict(summary["best"]), default_flow_style=True).strip()
+    print(f"best {summary['metric']} {summary['value']:.4f}: {best}")
 
 
 def run_trial(overrides: Mapping[str, Any], report: Any, *, base: Mapping[str, Any], folder: str) -> dict[str, float]:
@@ -91,10 +159,13 @@ def run_trial(overrides: Mapping[str, Any], report: Any, *, base: Mapping[str, A
     config = resolve(files=[source], overrides=overrides)
     source.unlink()
     write_run_config(place, config, ["trial of", folder])
-    runtime = LocalRuntime(
-        "cuda" if config.hardware.workers.use_gpu else "cpu",
-        on_report=lambda values: report({k: v for k, v in values.items() if k.startswith("val/")}),
-    )
+
+    def on_report(values: Mapping[str, float]) -> None:
+        validated = {k: v for k, v in values.items() if k.startswith("val/")}
+        if validated:  # a checkpoint between two validations is no report: schedulers count them
+            report(validated)
+
+    runtime = LocalRuntime("cuda" if config.hardware.workers.use_gpu else "cpu", on_report=on_report)
     stage = Stage(".", "motionrft.training.recipes.finetune:run", to_plain(finetune_job(config)))
     result = run_local([stage], runtime, place, resume=True)["."]
     values = {k: float(v) for k, v in result["validation"].items() if k.startswith("val/")}

@@ -22,7 +22,7 @@ class WorkersConfig:
 
     num_workers: int = 1
     cpus_per_worker: float = 1.0  # logical CPUs reserved in Ray
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: float = 0.0  # 0.25: four trials of a search share a GPU (its memory is theirs to divide)
     use_gpu: bool = False
     threads_per_worker: int = 1  # of torch in each process; OMP_NUM_THREADS, where set, wins in a single one
 
@@ -37,7 +37,7 @@ class WorkersConfig:
         if self.use_gpu != (self.gpus_per_worker > 0):
             problems.append(f"use_gpu={self.use_gpu} contradicts gpus_per_worker={self.gpus_per_worker}")
         if self.gpus_per_worker > 1:
-            problems.append(f"gpus_per_worker must be 0 or 1 (one process drives one GPU), got {self.gpus_per_worker}")
+            problems.append(f"gpus_per_worker must be at most 1 (one process, one GPU), got {self.gpus_per_worker}")
         _raise("hardware.workers", problems)
 
 

@@ -9,9 +9,10 @@ import difflib
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import is_dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -73,7 +74,7 @@ def resolve(
     for layer in layers:
         _check_sections(layer)
         merged = merge(merged, layer)
-    for dotted, value in [*(parse_flag(flag) for flag in flags), *(overrides or {}).items()]:
+    for dotted, value in [*(parse_flag(flag) for flag in flags), *parents_first(overrides or {})]:
         _check_sections([dotted.split(".")[0]])
         set_field(merged, dotted, value)
     return from_plain(RunConfig, merged, "configuration")
@@ -130,8 +131,9 @@ def _short(class_path: Any) -> str:
 def set_field(values: dict[str, Any], dotted: str, value: Any) -> None:
     """Set one field in nested plain data: "finetune.weights.semantic", "finetune.strategy.window", ...
 
-    Fields of a variant are reached through its name; "finetune.strategy" itself takes the name of another variant.
-    The "init_args" of the YAML form may be written or left out.
+    Fields of a variant are reached through its name; "finetune.strategy" itself takes the name of another variant, and
+    naming the present one keeps its fields (as `merge` does). The "init_args" of the YAML form may be written or left
+    out.
     """
     place = values
     *parents, leaf = (key for key in dotted.split(".") if key != "init_args")
@@ -144,7 +146,36 @@ def set_field(values: dict[str, Any], dotted: str, value: Any) -> None:
         place = place[key]
         if "class_path" in place:
             place = place.setdefault("init_args", {})
+    present = place.get(leaf)
+    if isinstance(value, str) and isinstance(present, dict) and "class_path" in present:
+        if _short(present["class_path"]) == _short(value):
+            return
     place[leaf] = value
+
+
+def parents_first(overrides: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return (dotted field, value) in an order that sets a variant before the fields it has."""
+    return sorted(overrides.items(), key=lambda item: item[0].count("."))
+
+
+def apply_overrides(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a nested configuration with dotted fields set; missing levels are created."""
+    result = deepcopy(dict(base))
+    for dotted, value in parents_first(overrides):
+        set_field(result, dotted, value)
+    return result
+
+
+def touched_sections(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sections that the overrides touch, as objects: `resolve` builds all of them, 20 times as slowly.
+
+    Raises:
+        ConfigError: unknown section or field, wrong type, or values that contradict each other.
+    """
+    names = list(dict.fromkeys(dotted.split(".")[0] for dotted in overrides))
+    _check_sections(names)
+    values, kinds = apply_overrides(base, overrides), get_type_hints(RunConfig)
+    return {n: from_plain(kinds[n], values[n], n) if is_dataclass(kinds[n]) else values[n] for n in names}
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:

@@ -5,30 +5,18 @@ A row is {"step": n, "metric/path": value, ...} as the training loop writes it; 
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from motionrft.core.errors import ConfigError
 from motionrft.report.markup import number
+from motionrft.report.plotting import PALETTE, Chart, Rows, column_names, graph_objects, house_layout, plain_figure
+from motionrft.report.search_charts import SEARCH_CHARTS
 
-Rows = Sequence[Mapping[str, Any]]
-
-PALETTE = ("#2a78c2", "#d9732b", "#2f9e6e", "#a35bc4", "#c4475a", "#8a7a2f", "#3aa6b9", "#7d7d8a")
 _BY_STEP = re.compile(r"^(?:optim/)?grad_norm(?:_by_step|/by_step|/step)?[/_]?(\d+)$")
 _MAX_LINES = len(PALETTE)
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One figure with the sentence under it."""
-
-    title: str
-    caption: str
-    figure: Mapping[str, Any]  # plotly JSON: data, layout
 
 
 def plotly_js() -> str:
@@ -45,7 +33,7 @@ def plotly_js() -> str:
 
 
 def build_charts(curves: Mapping[str, Rows]) -> list[Chart]:
-    """Return every chart the rows allow, stage by stage; `curves["tune"]` holds trials.
+    """Return every chart the rows allow, stage by stage; the keys of SEARCH_CHARTS and "compare" hold other rows.
 
     Raises:
         ConfigError: plotly is not installed.
@@ -54,8 +42,8 @@ def build_charts(curves: Mapping[str, Rows]) -> list[Chart]:
     for stage, rows in curves.items():
         if not rows:
             continue
-        if stage == "tune":
-            charts.append(parallel_coordinates(rows))
+        if stage in SEARCH_CHARTS:
+            charts.append(SEARCH_CHARTS[stage](rows))
             continue
         if stage == "compare":
             titles = list(dict.fromkeys(str(row["chart"]) for row in rows))
@@ -80,7 +68,7 @@ def line_chart(
         y_title: axis text with unit.
         log: logarithmic axis.
     """
-    go = _graph_objects()
+    go = graph_objects()
     figure = go.Figure()
     for i, (name, label) in enumerate(list(names.items())[:_MAX_LINES]):
         points = [(row.get("step", n), number(row[name])) for n, row in enumerate(rows) if name in row]
@@ -91,17 +79,17 @@ def line_chart(
             name=label,
             line={"color": PALETTE[i % len(PALETTE)], "width": 2},
         )
-    figure.update_layout(**_layout("training batch", y_title))
+    figure.update_layout(**house_layout("training batch", y_title))
     if log:
         figure.update_yaxes(type="log")
-    return Chart(title, caption, _plain(figure))
+    return Chart(title, caption, plain_figure(figure))
 
 
 def reward_terms(stage: str, rows: Rows, kind: str) -> Chart | None:
     """Return the reward terms over training, `kind` "raw" or "weighted" (with the total)."""
-    names = {n: n.split("/")[1] for n in _names(rows) if re.fullmatch(rf"reward/[^/]+/{kind}", n)}
+    names = {n: n.split("/")[1] for n in column_names(rows) if re.fullmatch(rf"reward/[^/]+/{kind}", n)}
     if kind == "weighted":
-        names |= {n: "total" for n in _names(rows) if n in ("reward/total", "reward/total/weighted")}
+        names |= {n: "total" for n in column_names(rows) if n in ("reward/total", "reward/total/weighted")}
     if not names:
         return None
     caption = (
@@ -114,7 +102,7 @@ def reward_terms(stage: str, rows: Rows, kind: str) -> Chart | None:
 
 def losses(stage: str, rows: Rows) -> Chart | None:
     """Return loss curves."""
-    found = sorted((n for n in _names(rows) if n.startswith("loss/")), key=lambda n: (n != "loss/total", n))
+    found = sorted((n for n in column_names(rows) if n.startswith("loss/")), key=lambda n: (n != "loss/total", n))
     names = {n: n.removeprefix("loss/") for n in found}
     if not names:
         return None
@@ -125,9 +113,9 @@ def losses(stage: str, rows: Rows) -> Chart | None:
 
 def gradient_norm(stage: str, rows: Rows) -> Chart | None:
     """Return the gradient norm over training; by denoising step as a heat map where that was recorded."""
-    by_step = {int(m[1]): n for n in _names(rows) if (m := _BY_STEP.match(n))}
+    by_step = {int(m[1]): n for n in column_names(rows) if (m := _BY_STEP.match(n))}
     if len(by_step) > 1:
-        go = _graph_objects()
+        go = graph_objects()
         kept = [row for row in rows if any(n in row for n in by_step.values())]
         order = sorted(by_step)
         grid = [[_finite(row.get(by_step[s])) for row in kept] for s in order]
@@ -140,10 +128,10 @@ def gradient_norm(stage: str, rows: Rows) -> Chart | None:
                 colorbar={"title": {"text": "norm"}, "thickness": 12},
             )
         )
-        figure.update_layout(**_layout("training batch", "denoising step (0 = noisiest)"))
+        figure.update_layout(**house_layout("training batch", "denoising step (0 = noisiest)"))
         caption = "Gradient norm per denoising step. Dark bands receive no learning signal."
-        return Chart(f"{stage}: gradient norm by denoising step", caption, _plain(figure))
-    names = {n: "before clipping" for n in _names(rows) if n == "optim/grad_norm"}
+        return Chart(f"{stage}: gradient norm by denoising step", caption, plain_figure(figure))
+    names = {n: "before clipping" for n in column_names(rows) if n == "optim/grad_norm"}
     if not names:
         return None
     caption = "Global gradient norm before clipping. Spikes and zeros both deserve a look."
@@ -152,7 +140,7 @@ def gradient_norm(stage: str, rows: Rows) -> Chart | None:
 
 def memory(stage: str, rows: Rows) -> Chart | None:
     """Return memory over training."""
-    names = {n: n.removeprefix("memory/") for n in _names(rows) if n.startswith("memory/")}
+    names = {n: n.removeprefix("memory/") for n in column_names(rows) if n.startswith("memory/")}
     if not names:
         return None
     return line_chart(f"{stage}: memory", "Flat is good: no graph survives its step.", rows, names, "GiB")
@@ -160,53 +148,11 @@ def memory(stage: str, rows: Rows) -> Chart | None:
 
 def validation(stage: str, rows: Rows) -> Chart | None:
     """Return validation metrics between 0 and 1, and retrieval inside training batches."""
-    names = {n: n for n in _names(rows) if n.startswith(("val/", "validation/", "retrieval/", "accuracy/"))}
+    names = {n: n for n in column_names(rows) if n.startswith(("val/", "validation/", "retrieval/", "accuracy/"))}
     names = {n: label for n, label in names.items() if all(abs(number(row[n])) <= 1.0 for row in rows if n in row)}
     if not names:
         return None
     return line_chart(f"{stage}: accuracy and retrieval", "Shares between 0 and 1.", rows, names, "share")
-
-
-def parallel_coordinates(trials: Rows) -> Chart:
-    """Return one line per trial over its settings and its result, which is the key "objective" or the last column.
-
-    Drawn as plain lines on axes scaled to 0..1, so that it prints and needs no graphics card.
-    """
-    go = _graph_objects()
-    columns = [n for n in _names(trials) if n not in ("step", "trial", "trial_id")]
-    columns = [c for c in columns if len({str(t.get(c)) for t in trials}) > 1 or c == "objective"]
-    if "objective" in columns:
-        columns = [c for c in columns if c != "objective"] + ["objective"]
-    scaled, ends = zip(*(_scaled([t.get(c) for t in trials]) for c in columns)) if columns else ((), ())
-    best = scaled[-1] if scaled else []
-    figure = go.Figure()
-    for i, trial in enumerate(trials):
-        share = best[i]
-        shown = share if math.isfinite(share) else 0.0
-        details = "<br>".join(f"{_short(c)}: {_value(trial.get(c))}" for c in columns)
-        figure.add_scatter(
-            x=list(range(len(columns))),
-            y=[values[i] if math.isfinite(values[i]) else None for values in scaled],
-            mode="lines+markers",
-            line={"color": f"hsl({20 + 140 * shown:.0f},60%,45%)", "width": 1.5 + 1.5 * shown},
-            opacity=0.45 + 0.55 * shown,
-            hovertext=details,
-            hoverinfo="text",
-            showlegend=False,
-        )
-    layout = _layout("", "")
-    layout["xaxis"] |= {
-        "tickvals": list(range(len(columns))),
-        "ticktext": [f"{_short(c)}<br>{low} – {high}" for c, (low, high) in zip(columns, ends)],
-        "showgrid": True,
-        "range": [-0.3, len(columns) - 0.7],
-    }
-    layout["yaxis"] |= {"showticklabels": False, "range": [-0.08, 1.08]}
-    figure.update_layout(**layout)
-    caption = (
-        "One line per trial; green reaches the best objective. Each axis runs from its lowest to its highest value."
-    )
-    return Chart("tune: what the search tried", caption, _plain(figure))
 
 
 _STAGE_CHARTS: tuple[Callable[[str, Rows], Chart | None], ...] = (
@@ -221,7 +167,7 @@ _STAGE_CHARTS: tuple[Callable[[str, Rows], Chart | None], ...] = (
 
 def grouped_bars(title: str, rows: Rows) -> Chart:
     """Return bars with intervals: one group per "group", one colour per "series"."""
-    graph = _graph_objects()
+    graph = graph_objects()
     figure = graph.Figure()
     for i, series in enumerate(dict.fromkeys(str(row["series"]) for row in rows)):
         own = [row for row in rows if str(row["series"]) == series]
@@ -234,8 +180,8 @@ def grouped_bars(title: str, rows: Rows) -> Chart:
                 error_y=_whiskers(own),
             )
         )
-    figure.update_layout(**_layout("", "percent"), barmode="group")
-    return Chart(title, "Bars: mean; whiskers: 95 % interval.", _plain(figure))
+    figure.update_layout(**house_layout("", "percent"), barmode="group")
+    return Chart(title, "Bars: mean; whiskers: 95 % interval.", plain_figure(figure))
 
 
 def series_lines(title: str, rows: Rows) -> Chart:
@@ -244,7 +190,7 @@ def series_lines(title: str, rows: Rows) -> Chart:
     A row is {"series", "x", "value"} and perhaps "low" and "high". The first row may say how it is drawn: "x_title",
     "y_title", "caption"; "log" for a logarithmic value axis; "markers" for few measured points, drawn with whiskers.
     """
-    graph = _graph_objects()
+    graph = graph_objects()
     figure = graph.Figure()
     look = rows[0]
     markers = bool(look.get("markers"))
@@ -264,10 +210,10 @@ def series_lines(title: str, rows: Rows) -> Chart:
             line={"color": color, "width": 2},
             error_y=_whiskers(own) if markers else None,
         )
-    figure.update_layout(**_layout(str(look.get("x_title", "")), str(look.get("y_title", ""))))
+    figure.update_layout(**house_layout(str(look.get("x_title", "")), str(look.get("y_title", ""))))
     if look.get("log"):
         figure.update_yaxes(type="log")
-    return Chart(title, str(look.get("caption", "")), _plain(figure))
+    return Chart(title, str(look.get("caption", "")), plain_figure(figure))
 
 
 def _whiskers(rows: Rows) -> dict[str, Any]:
@@ -287,11 +233,6 @@ def _faint(color: str) -> str:
     return f"rgba({red},{green},{blue},0.15)"
 
 
-def _names(rows: Rows) -> list[str]:
-    """Return all keys in order of first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
 def _spans_decades(rows: Rows, names: Mapping[str, str]) -> bool:
     """Return whether a logarithmic axis shows more: all values positive, largest 30 times the smallest."""
     found = [v for row in rows for n in list(names)[:_MAX_LINES] if n in row and math.isfinite(v := number(row[n]))]
@@ -301,54 +242,3 @@ def _spans_decades(rows: Rows, names: Mapping[str, str]) -> bool:
 def _finite(value: Any) -> float | None:
     found = number(value)
     return found if math.isfinite(found) else None
-
-
-def _scaled(values: Sequence[Any]) -> tuple[list[float], tuple[str, str]]:
-    """Return values scaled to 0..1 (words by their order) and the axis ends as text."""
-    numbers = [number(v) for v in values]
-    finite = [v for v in numbers if math.isfinite(v)]
-    if not finite:
-        words = sorted({str(v) for v in values})
-        return [words.index(str(v)) / max(len(words) - 1, 1) for v in values], (words[0], words[-1])
-    low, high = min(finite), max(finite)
-    logarithmic = low > 0 and high / low >= 20
-    shape = math.log if logarithmic else float
-    width = (shape(high) - shape(low)) or 1.0
-    return [(shape(v) - shape(low)) / width if math.isfinite(v) else v for v in numbers], (_value(low), _value(high))
-
-
-def _value(value: Any) -> str:
-    found = number(value)
-    return f"{found:.3g}" if math.isfinite(found) else str(value)[:24]
-
-
-def _short(name: str) -> str:
-    return name.rsplit("/", 1)[-1].rsplit(".", 1)[-1]
-
-
-def _layout(x_title: str, y_title: str) -> dict[str, Any]:
-    """Return the shared look; the page adds the colours of the reader's theme."""
-    return {
-        "margin": {"l": 56, "r": 16, "t": 12, "b": 48},
-        "height": 300,
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        "hovermode": "closest",
-        "xaxis": {"title": {"text": x_title}, "zeroline": False},
-        "yaxis": {"title": {"text": y_title}, "zeroline": False},
-    }
-
-
-def _graph_objects() -> Any:
-    try:
-        from plotly import graph_objects
-    except ImportError as error:
-        raise ConfigError("charts need plotly: pip install 'motionrft[viz]', then write the report again") from error
-    return graph_objects
-
-
-def _plain(figure: Any) -> dict[str, Any]:
-    """Return data and layout as plain JSON, without plotly's own template: the page themes it."""
-    figure.update_layout(template="none")
-    return json.loads(figure.to_json())

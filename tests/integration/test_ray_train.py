@@ -17,12 +17,14 @@ import pytest
 import ray
 
 from motionrft.config.hardware import HardwareConfig, RayConfig, WorkersConfig, ZeroConfig
+from motionrft.config.load import apply_overrides
 from motionrft.core.errors import ClusterError, ConfigError, DataError, NumericalError
 from motionrft.runtime.data import check_object_store, load_blocks, uncompressed_bytes
 from motionrft.runtime.executor import RayExecutor
 from motionrft.runtime.session import check_capacity, ray_session
 from motionrft.runtime.train import run_on_ray
-from motionrft.runtime.tune import SearchConfig, apply_overrides, run_search, to_domain
+from motionrft.runtime.tune import run_search
+from motionrft.runtime.tune_search import SearchConfig, to_domain
 from motionrft.training.metrics import read_metrics
 from motionrft.training.runtime_local import LocalRuntime
 from motionrft.training.stages import Stage

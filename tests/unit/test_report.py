@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from motionrft.core.errors import ConfigError, DataError
-from motionrft.report import charts
+from motionrft.report import charts, search_charts
 from motionrft.report.clips import ClipView, pack_joints, unpack_joints
 from motionrft.report.html import render_report, write_report
 from motionrft.report.markup import esc, json_script
@@ -284,7 +284,7 @@ def test_missing_values_leave_gaps_in_lines():
 
 
 def test_trials_are_scaled_to_their_axes():
-    chart = charts.parallel_coordinates(CURVES["tune"])
+    chart = search_charts.parallel_coordinates(CURVES["tune"])
     assert [round(line["y"][0], 3) for line in chart.figure["data"]] == [1.0, 0.667, 0.333, 0.0]
     assert next(line["y"][-1] for line in chart.figure["data"]) == 0.0
 
