@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from torch.nn.functional import smooth_l1_loss
 
 from motionrft.core.errors import ConfigError, explain
 from motionrft.core.protocols import SolverTable
-from motionrft.core.rng import keyed_normal, keyed_uniform
-from motionrft.core.types import Condition, MotionBatch, Representation, valid_mask
+from motionrft.core.types import MotionBatch, Representation, valid_mask
 from motionrft.diffusion.prediction import flow_remaining, flow_state
 from motionrft.diffusion.solvers import flow_euler_table, flow_sde_table
 from motionrft.generators.acmdm_autoencoder import (
@@ -27,7 +26,7 @@ from motionrft.generators.acmdm_autoencoder import (
     released_latent,
 )
 from motionrft.generators.acmdm_network import ACMDM, ACMDMConfig, released
-from motionrft.generators.base import Build, Generator, Training
+from motionrft.generators.base import Build, Generator, Training, mean_over_frames
 from motionrft.representations.normalize import Moments
 
 __all__ = ["ACMDM", "ACMDMConfig", "ACMDMGenerator", "ACMDMLatentConfig", "released", "released_latent"]
@@ -86,18 +85,6 @@ class ACMDMGenerator(Generator):
     def _stochastic_table(self, num_steps: int, noise: float) -> SolverTable:
         return flow_sde_table(num_steps, noise)
 
-    def call(
-        self,
-        network: Callable[..., Tensor],
-        x: Tensor,
-        t_B: Tensor,
-        condition: Condition,
-        keep_B: Tensor,
-        lengths_B: Tensor,
-    ) -> Tensor:
-        """Return the velocity (B, L, J, C); `lengths_B` counts motion frames."""
-        return super().call(network, x, t_B, condition, keep_B, self.state_lengths(lengths_B))
-
     def decode(self, state: Tensor, lengths_B: Tensor) -> Tensor:
         """Return joint positions (B, T, D) in metres, zeros beyond each length; differentiable.
 
@@ -144,20 +131,16 @@ class ACMDMGenerator(Generator):
             seed: run seed.
         """
         x1 = self.encode(batch.motions[Representation.JOINT], batch.lengths_B)
-        draw: tuple[Any, ...] = (seed, "pretrain", step)
-        keys_B = batch.keys_B
-        t_B = keyed_uniform(keys_B, "t", *draw)
-        keep_B = keyed_uniform(keys_B, "text", *draw) >= self.config.text_dropout
-        noise = keyed_normal(keys_B, tuple(x1.shape[1:]), "noise", *draw)
+        t_B, keep_B, noise = self.draws(x1, batch, step, seed)
         x_t = flow_state(x1, noise, t_B)
         out = self.call(network, x_t, t_B, batch.prompt, keep_B, batch.lengths_B)
         clean = self.config.output == "clean"
         error = out * flow_remaining(out, t_B) - (x1 - x_t) if clean else out - (x1 - noise)
-        lengths_B = self.state_lengths(batch.lengths_B)
-        loss_B = _mean_over_frames(error.square().mean((2, 3)), lengths_B)
+        mask_BL = valid_mask(self.state_lengths(batch.lengths_B), x1.shape[1])
+        loss_B = mean_over_frames(error.square().mean((2, 3)), mask_BL)
         metrics = {f"loss/{self.config.output}": loss_B.detach().mean()}
         if self.config.frame_weight:
-            change_B = _mean_over_frames((error[:, 1:] - error[:, :-1]).square().mean((2, 3)), lengths_B - 1)
+            change_B = mean_over_frames((error[:, 1:] - error[:, :-1]).square().mean((2, 3)), mask_BL[:, 1:])
             loss_B = loss_B + self.config.frame_weight * change_B
             metrics["loss/change"] = change_B.detach().mean()
         return loss_B, metrics
@@ -173,7 +156,7 @@ class ACMDMGenerator(Generator):
         del step, seed
         motion = self._held(batch.motions[Representation.JOINT], batch.lengths_B)
         error_BT = smooth_l1_loss(network(motion), motion, reduction="none").mean((2, 3))
-        loss_B = _mean_over_frames(error_BT, batch.lengths_B)
+        loss_B = mean_over_frames(error_BT, valid_mask(batch.lengths_B, motion.shape[1]))
         return loss_B, {"loss/reconstruction": loss_B.detach().mean()}
 
     def training(self, stage: str, teacher: Generator | None = None) -> Training:
@@ -209,8 +192,3 @@ class ACMDMGenerator(Generator):
         moments = Moments.merge_all(parts)
         self.space.mean.copy_(moments.mean)
         self.space.std.copy_(moments.std().clamp(min=_MIN_STD))
-
-
-def _mean_over_frames(value_BT: Tensor, lengths_B: Tensor) -> Tensor:
-    mask_BT = valid_mask(lengths_B, value_BT.shape[1])
-    return torch.where(mask_BT, value_BT, 0.0).sum(1) / lengths_B.clamp(min=1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from motionrft.core.errors import ConfigError, RepresentationError, explain
 from motionrft.core.plain import variant_base
 from motionrft.core.protocols import GeneratorSpec, SolverTable
+from motionrft.core.rng import keyed_normal, keyed_uniform
 from motionrft.core.types import Condition, MotionBatch, Representation, valid_mask
 from motionrft.diffusion.guidance import double_rows, guide_captioned, guide_doubled
 from motionrft.representations.normalize import Normalizer
@@ -260,8 +261,14 @@ class Generator(ABC):
         keep_B: Tensor,
         lengths_B: Tensor,
     ) -> Tensor:
-        """Return the network's output for rows with (keep_B True) and without their caption. Override to adapt."""
-        return network(x, t_B, condition.tokens_BLD, condition.mask_BL, condition.pooled_BD, keep_B, lengths_B)
+        """Return the network's output for rows with (keep_B True) and without their caption. Override to adapt.
+
+        Lengths are those of the motion; the network is given those of the state.
+        """
+        # Engines in low precision round what is in single precision; networks may see a thousand times the flow time.
+        t_B = t_B.double() if t_B.is_floating_point() else t_B
+        rows_B = self.state_lengths(lengths_B)
+        return network(x, t_B, condition.tokens_BLD, condition.mask_BL, condition.pooled_BD, keep_B, rows_B)
 
     def training(self, stage: str, teacher: Generator | None = None) -> Training:
         """Return how a stage of `config.stages` trains.
@@ -286,6 +293,20 @@ class Generator(ABC):
         del stage, batches
         return None
 
+    def draws(self, x: Tensor, batch: MotionBatch, step: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what training draws: times (B,) in [0, 1), which captions are kept (B,), and noise like x.
+
+        Each depends on (seed, step, sample key) only.
+        """
+        keys_B, draw = batch.keys_B, (seed, "pretrain", step)
+        keep_B = keyed_uniform(keys_B, "text", *draw) >= self.config.text_dropout
+        return keyed_uniform(keys_B, "t", *draw), keep_B, keyed_normal(keys_B, tuple(x.shape[1:]), "noise", *draw)
+
+    def timesteps(self, u_B: Tensor) -> Tensor:
+        """Return the training steps (B,) int64 that stand for uniform draws in [0, 1)."""
+        steps = self.spec.train_steps
+        return (u_B * steps).long().clamp(max=steps - 1)
+
     @abstractmethod
     def _shape(self, num_frames: int) -> tuple[int, ...]: ...
 
@@ -308,3 +329,8 @@ class Generator(ABC):
         self, network: Callable[..., Tensor], batch: MotionBatch, step: int, seed: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return per-sample losses (B,) of stage "generator" and detached means for the log. See `Loss`."""
+
+
+def mean_over_frames(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return each clip's mean over valid frames, (B,); 0 where there is none."""
+    return torch.where(mask_BT, value_BT, 0.0).sum(1) / mask_BT.sum(1).clamp(min=1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,10 @@ from torch.nn.functional import pad
 
 from motionrft.core.errors import ConfigError, explain
 from motionrft.core.protocols import SolverTable
-from motionrft.core.rng import keyed_normal, keyed_uniform
-from motionrft.core.types import Condition, MotionBatch, Representation, valid_mask
-from motionrft.diffusion.prediction import flow_remaining
+from motionrft.core.types import MotionBatch, Representation, valid_mask
+from motionrft.diffusion.prediction import flow_remaining, flow_state
 from motionrft.diffusion.solvers import flow_euler_table, flow_sde_table
-from motionrft.generators.base import Build, Generator
+from motionrft.generators.base import Build, Generator, mean_over_frames
 from motionrft.generators.hymotion_network import FULL, LITE, HYMotion, HYMotionConfig
 from motionrft.representations.layouts import rotation_to_hymotion
 from motionrft.representations.normalize import Normalizer
@@ -119,19 +117,6 @@ class HYMotionGenerator(Generator):
     def _stochastic_table(self, num_steps: int, noise: float) -> SolverTable:
         return flow_sde_table(num_steps, noise)
 
-    def call(
-        self,
-        network: Callable[..., Tensor],
-        x: Tensor,
-        t_B: Tensor,
-        condition: Condition,
-        keep_B: Tensor,
-        lengths_B: Tensor,
-    ) -> Tensor:
-        """Return the velocity; lengths are those of the motion."""
-        # Engines in low precision round what they are given; the network sees 1000 t, so time stays in double.
-        return super().call(network, x, t_B.double(), condition, keep_B, self.state_lengths(lengths_B))
-
     def decode(self, state: Tensor, lengths_B: Tensor) -> Tensor:
         """Return physical features (B, T, 135) of a clean state, zeros beyond each length; differentiable."""
         motion = self.frozen.denormalise(state)[..., : Representation.ROTATION.dim]
@@ -184,22 +169,14 @@ class HYMotionGenerator(Generator):
             seed: run seed.
         """
         x1 = self.encode(batch.motions[self.spec.representation], batch.lengths_B)
-        draw: tuple[Any, ...] = (seed, "pretrain", step)
-        keys_B = batch.keys_B
-        t_B = keyed_uniform(keys_B, "t", *draw).double()
-        keep_B = keyed_uniform(keys_B, "text", *draw) >= self.config.text_dropout
-        noise = keyed_normal(keys_B, tuple(x1.shape[1:]), "noise", *draw)
-        x_t = torch.lerp(noise, x1, t_B.to(x1.dtype)[:, None, None])
+        t_B, keep_B, noise = self.draws(x1, batch, step, seed)
+        x_t = flow_state(x1, noise, t_B)
         out = self.call(network, x_t, t_B, batch.prompt, keep_B, batch.lengths_B)
         clean = self.config.output == "clean"
         error = out * flow_remaining(out, t_B) - (x1 - x_t) if clean else out - (x1 - noise)
         error = error[..., self.frozen.learned_D]
         mask_BT = valid_mask(self.state_lengths(batch.lengths_B), x1.shape[1])
-        value_B = _mean_over_frames(error.square().mean(-1), mask_BT)
-        change_B = _mean_over_frames((error[:, 1:] - error[:, :-1]).square().mean(-1), mask_BT[:, 1:])
+        value_B = mean_over_frames(error.square().mean(-1), mask_BT)
+        change_B = mean_over_frames((error[:, 1:] - error[:, :-1]).square().mean(-1), mask_BT[:, 1:])
         loss_B = value_B + self.config.frame_weight * change_B
         return loss_B, {f"loss/{self.config.output}": value_B.detach().mean(), "loss/change": change_B.detach().mean()}
-
-
-def _mean_over_frames(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    return torch.where(mask_BT, value_BT, 0.0).sum(1) / mask_BT.sum(1).clamp(min=1)

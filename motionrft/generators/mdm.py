@@ -11,9 +11,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from motionrft.core.types import MotionBatch, Representation
-from motionrft.generators.base import Build
+from motionrft.generators.base import Build, mean_over_frames
 from motionrft.generators.mdm_network import MDM, OFFICIAL, MDMConfig
-from motionrft.generators.raw import RawMotionGenerator, mean_over_frames
+from motionrft.generators.raw import RawMotionGenerator
 from motionrft.representations.kinematic_layout import layout_of
 
 __all__ = ["MDM", "OFFICIAL", "MDMConfig", "MDMGenerator"]
@@ -58,15 +58,13 @@ class MDMGenerator(RawMotionGenerator):
             step: batch index of the run.
             seed: run seed.
         """
-        kind, text = self.spec.representation, batch.prompt
-        drawn = self.noisy(batch, step, seed, self.config.text_dropout)
-        out = network(
-            drawn.x_t, drawn.t_B, text.tokens_BLD, text.mask_BL, text.pooled_BD, drawn.keep_B, batch.lengths_B
-        )
+        drawn = self.noisy(batch, step, seed)
+        out = self.call(network, drawn.x_t, drawn.t_B, batch.prompt, drawn.keep_B, batch.lengths_B)
         error = out - drawn.x0
         x0_B = mean_over_frames(error.square().mean(-1), drawn.mask_BT)
         # Kinematic features begin with what says where the joints are; the rest follows from it.
-        places = layout_of(self.features).joint_positions.stop if kind == Representation.KINEMATIC else self.features
+        kinematic = self.spec.representation == Representation.KINEMATIC
+        places = layout_of(self.features).joint_positions.stop if kinematic else self.features
         change = error[:, 1:, :places] - error[:, :-1, :places]
         velocity_B = mean_over_frames(change.square().mean(-1), drawn.mask_BT[:, 1:])
         loss_B = x0_B + self.config.velocity_weight * velocity_B

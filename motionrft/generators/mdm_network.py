@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from motionrft.core.errors import ConfigError
-from motionrft.core.types import Representation, valid_mask
+from motionrft.core.types import Representation
 from motionrft.generators.base import ModelConfig
+from motionrft.nn.frames import stack_frames, unstack_frames
 from motionrft.nn.packed import PackedStack
 
 
@@ -183,21 +184,13 @@ class MDM(nn.Module):
             memory_mask = mask_BL if config.text == "tokens" else None
             h = self.seqTransDecoder(h, mask_BN, condition_BLE, memory_mask)[:, int(config.time_token) :]
         out = self.output_process["poseFinal"](h)
-        return out.reshape(len(out), -1, self.features)[:, : x_BTD.shape[1]]
+        return unstack_frames(out, x_BTD.shape[1], config.frames_per_token)
 
     def _embed_frames(self, x_BTD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return one vector per group of frames (B, N, E), and which of them hold a valid frame (None: all)."""
-        patch = self.config.frames_per_token
-        mask_BN = None
-        if self.config.mask_frames:
-            # A group may mix valid and padded frames: what lies in the padding must not matter.
-            x_BTD = torch.where(valid_mask(lengths_B, x_BTD.shape[1])[..., None], x_BTD, 0.0)
-            mask_BN = valid_mask((lengths_B + patch - 1) // patch, -(-x_BTD.shape[1] // patch))
-        missing = -x_BTD.shape[1] % patch
-        if missing:
-            x_BTD = nn.functional.pad(x_BTD, (0, 0, 0, missing))
-        groups = x_BTD.reshape(len(x_BTD), -1, patch * self.features)
-        return self.input_process["poseEmbedding"](groups.to(self.embed_text.weight.dtype)), mask_BN
+        groups, mask_BN = stack_frames(x_BTD, lengths_B, self.config.frames_per_token)
+        h = self.input_process["poseEmbedding"](groups.to(self.embed_text.weight.dtype))
+        return h, mask_BN if self.config.mask_frames else None
 
     def _positions(self, h_BNE: Tensor, mask_BN: Tensor | None) -> tuple[Tensor, Tensor | None]:
         places = torch.arange(h_BNE.shape[1], device=h_BNE.device)

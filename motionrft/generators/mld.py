@@ -15,12 +15,12 @@ from torch.nn.functional import smooth_l1_loss
 
 from motionrft.core.errors import ConfigError, explain
 from motionrft.core.protocols import SolverTable
-from motionrft.core.rng import keyed_normal, keyed_uniform
+from motionrft.core.rng import keyed_normal
 from motionrft.core.types import Condition, MotionBatch, Representation, valid_mask
 from motionrft.diffusion.prediction import add_noise
 from motionrft.diffusion.schedules import alpha_bars, spaced_timesteps
 from motionrft.diffusion.solvers import ddim_table
-from motionrft.generators.base import Build, Generator, ModelConfig, Training
+from motionrft.generators.base import Build, Generator, ModelConfig, Training, mean_over_frames
 from motionrft.generators.mld_network import LatentSizes, MLDDenoiser
 from motionrft.generators.mld_vae import LatentSpace
 from motionrft.representations.kinematic import kinematic_to_joints
@@ -110,7 +110,7 @@ class LatentGenerator(Generator):
         self.latents = latents
         # Published models were trained on this rounding.
         self.alpha_bar = alpha_bars("scaled_linear", self.spec.train_steps, dtype=torch.float32)  # (N,) float64, CPU
-        longest = config.positions - 2 * config.latent_tokens
+        longest = config.frames_per_token * (config.positions - 2 * config.latent_tokens)
         if self.spec.max_frames > longest:
             raise ConfigError(
                 explain(
@@ -191,12 +191,9 @@ class MLDGenerator(LatentGenerator):
 
         Latent sample, time, noise and caption dropout depend on (seed, step, sample key) only.
         """
-        draw: tuple[Any, ...] = (seed, "pretrain", step)
-        keys_B, steps = batch.keys_B, self.spec.train_steps
-        z = self.sampled_states(batch, *draw)
-        t_B = (keyed_uniform(keys_B, "t", *draw) * steps).long().clamp(max=steps - 1)
-        keep_B = keyed_uniform(keys_B, "text", *draw) >= self.config.text_dropout
-        noise = keyed_normal(keys_B, tuple(z.shape[1:]), "noise", *draw)
+        z = self.sampled_states(batch, seed, "pretrain", step)
+        u_B, keep_B, noise = self.draws(z, batch, step, seed)
+        t_B = self.timesteps(u_B)
         x_t = add_noise(z, noise, self.alpha_bar.to(z.device)[t_B])
         out = self.call(network, x_t, t_B, batch.prompt, keep_B, batch.lengths_B)
         loss_B = (out - noise).square().mean((1, 2))
@@ -227,9 +224,9 @@ class MLDGenerator(LatentGenerator):
         x = self.normalizer.normalise(motion, mask_BT)
         noise = keyed_normal(batch.keys_B, self._shape(1), "latent", seed, "autoencoder", step)
         out, mean, logvar = network(x, lengths_B, noise)
-        features_B = _mean_over_frames(smooth_l1_loss(out, x, reduction="none"), mask_BT)
+        features_B = mean_over_frames(smooth_l1_loss(out, x, reduction="none").mean(-1), mask_BT)
         found, real = (kinematic_to_joints(m).flatten(2) for m in (self.normalizer.denormalise(out), motion))
-        joints_B = _mean_over_frames(smooth_l1_loss(found, real, reduction="none"), mask_BT)
+        joints_B = mean_over_frames(smooth_l1_loss(found, real, reduction="none").mean(-1), mask_BT)
         kl_B = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean((1, 2))
         loss_B = features_B + self.config.joint_weight * joints_B + self.config.kl_weight * kl_B
         parts = {"features": features_B, "joints": joints_B, "kl": kl_B}
@@ -253,7 +250,3 @@ class MLDGenerator(LatentGenerator):
         vae.train(was_training)
         variance = torch.cat(means).double().var(unbiased=False) + torch.cat(variances).double().mean()
         self.latents.scale.copy_(variance.rsqrt())
-
-
-def _mean_over_frames(value_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    return torch.where(mask_BT, value_BTD.mean(-1), 0.0).sum(1) / mask_BT.sum(1)

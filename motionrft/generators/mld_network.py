@@ -46,7 +46,9 @@ class LatentSizes:
     time_dim: int = 128
     """Size of the sinusoid of the diffusion step; 768 in the released models."""
     positions: int = 500
-    """Rows of the learned position tables: frames + 2 N must not exceed it."""
+    """Rows of the learned position tables: groups of frames + 2 N must not exceed it."""
+    frames_per_token: int = 1
+    """Consecutive frames that share one position of the autoencoder's transformers; 1 in the released models."""
     smooth_positions: bool = True
     """Position tables start as sinusoids, from which short trainings learn faster; False: uniform, as published."""
 
@@ -58,7 +60,10 @@ class LatentSizes:
 
     def problems(self) -> list[str]:
         """Return what contradicts itself; families add their own."""
-        sizes = ("latent_tokens", "latent_dim", "width", "layers", "heads", "ff", "text_dim", "time_dim", "positions")
+        sizes = [
+            *("latent_tokens", "latent_dim", "width", "layers", "heads", "ff", "text_dim", "time_dim", "positions"),
+            "frames_per_token",
+        ]
         rules = [(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}") for name in sizes]
         rules += [
             (self.layers % 2 == 1, f"layers must be odd (skip connections mirror them), got {self.layers}"),

@@ -107,8 +107,14 @@ class _LatentFormat(ReleasedFormat):
 
         The evaluators that published files carry along are not part of the generator and not written; a text gain is
         multiplied into the text projection. Settings are written where a published model would have others.
+
+        Raises:
+            ConfigError: an autoencoder that reads groups of frames, which the published code cannot build.
         """
         config = generator.config
+        if config.frames_per_token != 1:
+            got, do = f"frames_per_token={config.frames_per_token}", "Only models that read frame by frame have a file."
+            raise ConfigError(explain("an autoencoder of single frames", got, f"export of {self.family}", do))
         network = {name: t.detach().float().cpu().clone() for name, t in generator.network.state_dict().items()}
         network["emb_proj.1.weight"] *= config.text_gain
         state = {f"denoiser.{name}": t for name, t in network.items()}

@@ -1,7 +1,8 @@
 """The motion autoencoder of the latent families: any number of frames to N latent tokens and back.
 
-Parameter names are those of the released checkpoints below `vae.`. Letters: B batch, T frames, D features, N latent
-tokens, d features per latent token, E width. Motions are normalised.
+Parameter names are those of the released checkpoints below `vae.`. Letters: B batch, T frames, M = ceil(T /
+frames_per_token) groups of them, D features, N latent tokens, d features per latent token, E width. Motions are
+normalised.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from motionrft.core.types import valid_mask
 from motionrft.generators.mld_network import LatentSizes, PositionTable
+from motionrft.nn.frames import stack_frames, token_mask, unstack_frames
 
 
 class MotionVAE(nn.Module):
@@ -30,26 +32,29 @@ class MotionVAE(nn.Module):
         self.query_pos_encoder = PositionTable(sizes)
         self.query_pos_decoder = PositionTable(sizes)
         self.encoder, self.decoder = sizes.stack(), sizes.stack(cross=True)
-        self.skel_embedding, self.final_layer = nn.Linear(features, width), nn.Linear(width, features)
+        self.frames_per_token = sizes.frames_per_token
+        patch = features * sizes.frames_per_token
+        self.skel_embedding, self.final_layer = nn.Linear(patch, width), nn.Linear(width, patch)
 
     def encode(self, x_BTD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance (B, N, d) of the latent of normalised motions."""
-        frames = self.skel_embedding(x_BTD.to(self.skel_embedding.weight.dtype))
+        groups, mask_BM = stack_frames(x_BTD, lengths_B, self.frames_per_token)
+        frames = self.skel_embedding(groups.to(self.skel_embedding.weight.dtype))
         tokens = self.global_motion_token.expand(len(frames), -1, -1)
-        mask_BT = valid_mask(lengths_B, x_BTD.shape[1])
         count = tokens.shape[1]
-        mask_BN = torch.cat([mask_BT.new_ones(len(frames), count), mask_BT], dim=1)
-        h = self.encoder(self.query_pos_encoder(torch.cat([tokens, frames], dim=1)), mask_BN)
+        mask = torch.cat([mask_BM.new_ones(len(frames), count), mask_BM], dim=1)
+        h = self.encoder(self.query_pos_encoder(torch.cat([tokens, frames], dim=1)), mask)
         mean, logvar = self.latent_pre(h[:, :count]).chunk(2, dim=1)
         return mean, logvar
 
     def decode(self, z_BNd: Tensor, lengths_B: Tensor, num_frames: int) -> Tensor:
         """Return normalised motions (B, T, D), zeros beyond each length."""
         memory = self.latent_post(z_BNd.to(self.skel_embedding.weight.dtype))
-        mask_BT = valid_mask(lengths_B, num_frames)
-        queries = self.query_pos_decoder(memory.new_zeros(len(memory), num_frames, memory.shape[2]))
-        out = self.final_layer(self.decoder(queries, mask_BT, memory))
-        return torch.where(mask_BT[..., None], out, 0.0)
+        mask_BM = token_mask(lengths_B, num_frames, self.frames_per_token)
+        queries = self.query_pos_decoder(memory.new_zeros(len(memory), mask_BM.shape[1], memory.shape[2]))
+        out = self.final_layer(self.decoder(queries, mask_BM, memory))
+        out = unstack_frames(out, num_frames, self.frames_per_token)
+        return torch.where(valid_mask(lengths_B, num_frames)[..., None], out, 0.0)
 
     def forward(self, x_BTD: Tensor, lengths_B: Tensor, noise_BNd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (reconstruction of a posterior sample (B, T, D), mean, log-variance (B, N, d))."""

@@ -13,9 +13,9 @@ from torch import Tensor
 from motionrft.core.errors import ConfigError, explain
 from motionrft.core.types import Condition, MotionBatch
 from motionrft.diffusion.prediction import output_for
-from motionrft.generators.base import Build
+from motionrft.generators.base import Build, mean_over_frames
 from motionrft.generators.motiondiffuse_network import OFFICIAL, MotionDiffuse, MotionDiffuseConfig
-from motionrft.generators.raw import RawMotionGenerator, mean_over_frames
+from motionrft.generators.raw import RawMotionGenerator
 
 __all__ = ["OFFICIAL", "MotionDiffuse", "MotionDiffuseConfig", "MotionDiffuseGenerator"]
 
@@ -116,7 +116,7 @@ class MotionDiffuseGenerator(RawMotionGenerator):
         alike, and the loss of one does not depend on the others.
         """
         text = batch.prompt
-        drawn = self.noisy(batch, step, seed, self.config.text_dropout)
+        drawn = self.noisy(batch, step, seed)
         out = network(
             drawn.x_t, drawn.t_B, text.tokens_BLD, text.mask_BL, text.pooled_BD, drawn.keep_B, batch.lengths_B
         )

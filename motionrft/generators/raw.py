@@ -6,14 +6,12 @@ Letters: B batch, T frames, D features, N training steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from motionrft.core.errors import ConfigError, explain
 from motionrft.core.protocols import SolverTable
-from motionrft.core.rng import keyed_normal, keyed_uniform
 from motionrft.core.types import MotionBatch, valid_mask
 from motionrft.diffusion.prediction import add_noise
 from motionrft.diffusion.schedules import alpha_bars, spaced_timesteps
@@ -72,27 +70,18 @@ class RawMotionGenerator(Generator):
         """Return the normalised state (B, T, D) of physical features, zeros beyond each length."""
         return self.normalizer.normalise(motion_BTD, valid_mask(lengths_B, motion_BTD.shape[1]))
 
-    def noisy(self, batch: MotionBatch, step: int, seed: int, text_dropout: float) -> NoisyMotion:
+    def noisy(self, batch: MotionBatch, step: int, seed: int) -> NoisyMotion:
         """Return the clips at random training steps. Every draw depends on (seed, step, sample key) only.
 
         Args:
             batch: clips in the generator's representation.
             step: batch index of the run.
             seed: run seed.
-            text_dropout: probability of training a clip without its caption.
         """
         x0 = self.encode(batch.motions[self.spec.representation], batch.lengths_B)
         frames = self.state_shape(x0.shape[1])[0]
         x0 = nn.functional.pad(x0, (0, 0, 0, frames - x0.shape[1]))
-        draw: tuple[Any, ...] = (seed, "pretrain", step)
-        keys_B, steps = batch.keys_B, self.spec.train_steps
-        t_B = (keyed_uniform(keys_B, "t", *draw) * steps).long().clamp(max=steps - 1)
-        keep_B = keyed_uniform(keys_B, "text", *draw) >= text_dropout
-        noise = keyed_normal(keys_B, tuple(x0.shape[1:]), "noise", *draw)
+        u_B, keep_B, noise = self.draws(x0, batch, step, seed)
+        t_B = self.timesteps(u_B)
         x_t = add_noise(x0, noise, self.alpha_bar.to(x0.device)[t_B])
         return NoisyMotion(x0, noise, x_t, t_B, keep_B, valid_mask(batch.lengths_B, frames))
-
-
-def mean_over_frames(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return each clip's mean over valid frames, (B,); 0 where there is none."""
-    return torch.where(mask_BT, value_BT, 0.0).sum(1) / mask_BT.sum(1).clamp(min=1)

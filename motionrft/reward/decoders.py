@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from motionrft.core.types import valid_mask
 from motionrft.nn.embeddings import LearnedPositions
+from motionrft.nn.frames import token_mask, unstack_frames
 from motionrft.nn.transformer import SkipDecoder
 from motionrft.reward.config import MotionRewardConfig
 
@@ -34,12 +35,10 @@ class MotionDecoder(nn.Module):
 
     def hidden(self, z_Bd: Tensor, lengths_B: Tensor, num_frames: int) -> Tensor:
         """Return decoder states (B, N, d), which do not depend on the representation."""
-        num_tokens = -(-num_frames // self.frames_per_token)
-        mask_BN = valid_mask((lengths_B + self.frames_per_token - 1) // self.frames_per_token, num_tokens)
-        queries = self.positions(num_tokens).expand(len(z_Bd), -1, -1)
+        mask_BN = token_mask(lengths_B, num_frames, self.frames_per_token)
+        queries = self.positions(mask_BN.shape[1]).expand(len(z_Bd), -1, -1)
         return self.decoder(queries, mask_BN, z_Bd)
 
     def read(self, hidden_BNd: Tensor, num_frames: int, representation: str) -> Tensor:
         """Return motion (B, T, F) of decoder states; beyond each length it holds whatever comes out."""
-        motion = self.final[representation](hidden_BNd)
-        return motion.unflatten(2, (self.frames_per_token, -1)).flatten(1, 2)[:, :num_frames]
+        return unstack_frames(self.final[representation](hidden_BNd), num_frames, self.frames_per_token)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from motionrft.core.errors import RepresentationError, explain
 from motionrft.nn.embeddings import LearnedPositions, TimeEmbedding
+from motionrft.nn.frames import stack_frames
 from motionrft.nn.transformer import SkipEncoder
 from motionrft.reward.config import MotionRewardConfig
-from motionrft.reward.projections import Projection, stack_frames
+from motionrft.reward.projections import Projection
 
 
 class MotionTower(nn.Module):

@@ -13,7 +13,6 @@ from torch import Tensor
 from motionrft.core.protocols import GeneratorSpec
 from motionrft.core.types import Condition, MotionBatch, Representation, valid_mask
 from motionrft.diffusion.denoise import sample
-from motionrft.generators import acmdm
 from motionrft.generators.acmdm import ACMDM, ACMDMConfig, ACMDMGenerator, ACMDMLatentConfig, released, released_latent
 from motionrft.generators.acmdm_autoencoder import CausalAutoencoder, LatentSpace
 from motionrft.generators.acmdm_released import ACMDMReleased
@@ -151,9 +150,9 @@ def test_the_training_loss_agrees(
     valid = tensor(golden, f"{variant}/in/lengths")
     clean = state(golden, f"{variant}/in/x", dtype)
     clean = torch.where(valid_mask(valid, clean.shape[1])[..., None, None], clean, 0.0)
-    draws = {"t": tensor(golden, f"{variant}/in/t"), "text": torch.ones(3)}
-    monkeypatch.setattr(acmdm, "keyed_uniform", lambda keys, name, *_: draws[name])
-    monkeypatch.setattr(acmdm, "keyed_normal", lambda *_: state(golden, f"{variant}/in/noise", dtype))
+    noise = state(golden, f"{variant}/in/noise", dtype)
+    drawn = (tensor(golden, f"{variant}/in/t"), torch.ones(3, dtype=torch.bool), noise)
+    monkeypatch.setattr(generator, "draws", lambda *_: drawn)
     seen = []
 
     def network(*args: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ class Guided(MDMGenerator):
 
     def __init__(self, network: MDM, guidance: float = 2.5) -> None:
         self.network, self.config, self.guidance = network, network.config, guidance
+        self.guidance_gradient = "both"
 
 
 def close(got: Tensor, want: Tensor, mask_BT: Tensor | None, limit: float) -> None:

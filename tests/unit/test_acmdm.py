@@ -252,7 +252,7 @@ def test_a_perfect_network_has_no_loss_and_is_asked_on_the_straight_path() -> No
 
     def perfect(x: Tensor, t: Tensor, *_: Tensor) -> Tensor:
         asked.append(t)
-        return (clean - x) / (1 - t)[:, None, None, None]  # the straight line's velocity
+        return (clean - x) / (1 - t.float())[:, None, None, None]  # the straight line's velocity
 
     loss, _ = generator.pretrain_loss(perfect, batch, 0, 0)
     assert float(loss.detach().max()) < 1e-6 and len(set(asked[0].tolist())) == 5
@@ -427,12 +427,12 @@ def test_a_clean_output_becomes_the_velocity_towards_it() -> None:
     x1 = clean.encode(batch.motions[JOINT], batch.lengths_B)
 
     def perfect(x_t: Tensor, t_B: Tensor, *_: object) -> Tensor:
-        return (x1 - x_t) / (1 - t_B)[:, None, None, None]
+        return (x1 - x_t) / (1 - t_B.float())[:, None, None, None]
 
     loss_B, metrics = clean.pretrain_loss(perfect, batch, 0, 0)
     assert float(loss_B.max()) < 1e-8 and set(metrics) == {"loss/clean", "loss/change"}
     off, _ = clean.pretrain_loss(
-        lambda x_t, t_B, *_: perfect(x_t, t_B) + 1.0 / (1 - t_B)[:, None, None, None], batch, 0, 0
+        lambda x_t, t_B, *_: perfect(x_t, t_B) + 1.0 / (1 - t_B.float())[:, None, None, None], batch, 0, 0
     )
     torch.testing.assert_close(off, torch.ones(5), rtol=1e-4, atol=1e-4)  # constant: no frame difference
     with pytest.raises(ConfigError, match=r"output.*frame_weight"):

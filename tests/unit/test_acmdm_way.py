@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from torch import Tensor
 
 from motionrft.core.errors import CheckpointError, ConfigError
 from motionrft.core.plain import to_plain
-from motionrft.core.types import Condition, Representation, RewardTerms, valid_mask
+from motionrft.core.types import Condition
 from motionrft.diffusion.denoise import initial_noise
-from motionrft.finetune.step import Objective, rollout_step
 from motionrft.finetune.strategies import DRaFT, DRTune, EasyTune, ReFL
 from motionrft.finetune.strategy import Strategy
 from motionrft.generators.acmdm import ACMDMConfig, ACMDMGenerator
@@ -26,42 +24,11 @@ from motionrft.training.recipes.common import TrainConfig
 from motionrft.training.recipes.generator import PretrainJob, PretrainRecipe, load_generator, run_pretrain
 from motionrft.training.runtime_local import LocalRuntime
 from tests.acmdm_fixtures import JOINT, LATENT, MODELS, RAW, make, make_batch
+from tests.finetune_fixtures import Toy, roll
 from tests.prepare_fixtures import make_dataset
 
 RUNTIME = LocalRuntime()
 EACH = pytest.mark.parametrize("name", MODELS)
-
-
-class Toy:
-    """semantic: mean frame near the caption's vector. Keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Tensor, float]] = []
-
-    def encode_text(self, condition: Condition) -> Tensor:
-        return condition.pooled_BD
-
-    def embed(self, motion_BTD: Tensor, lengths_B: Tensor, representation: Representation) -> Tensor:
-        assert representation == JOINT
-        mask = valid_mask(lengths_B, motion_BTD.shape[1])[..., None]
-        return torch.where(mask, motion_BTD, 0.0).sum(1)[:, :12] / lengths_B[:, None]
-
-    def score(
-        self,
-        motion_BTD: Tensor,
-        lengths_B: Tensor,
-        representation: Representation,
-        *,
-        text_BE: Tensor,
-        noise_level: float = 0.0,
-        target_BE: Tensor | None = None,
-        terms: Sequence[str],
-    ) -> RewardTerms:
-        del target_BE
-        if terms:
-            self.asked.append((motion_BTD.detach(), noise_level))
-        z = self.embed(motion_BTD, lengths_B, representation)
-        return RewardTerms({name: -(z - text_BE).square().mean(1) for name in terms})
 
 
 @pytest.fixture(scope="module")
@@ -133,20 +100,7 @@ def test_keeping_an_autoencoder_on_the_way_does_not_disturb_its_training(dataset
 
 def rollout(generator: ACMDMGenerator, strategy: Strategy, reward: Toy, lr: float = 1e-3) -> dict[str, float]:
     engine = RUNTIME.build_engine(generator.network, OptimConfig(lr=lr, schedule="constant"))
-    return rollout_step(
-        engine,
-        generator,
-        None,
-        reward,
-        make_batch(),
-        objective=Objective(),
-        strategy=strategy,
-        num_steps=5,
-        progress=1.0,
-        step=0,
-        seed=0,
-        collective=RUNTIME,
-    )
+    return roll(engine, generator, reward, make_batch(), strategy, num_steps=5)
 
 
 @EACH
@@ -201,8 +155,8 @@ def test_a_reward_of_noisy_states_reads_them_at_unit_variance(monkeypatch: pytes
     monkeypatch.setattr(generator, "predict", perfect)
     rollout(generator, EasyTune(window=5, score="x_prev"), reward)
     noise = initial_noise(batch.keys_B, generator.state_shape(16), 0, "rollout", 0)
-    assert [level for _, level in reward.asked] == generator.solver(5).noise_level[1:].tolist()
-    for motion, level in reward.asked:
+    assert reward.noise_levels == generator.solver(5).noise_level[1:].tolist()
+    for motion, level in zip(reward.motions, reward.noise_levels, strict=True):
         want = generator.decode(math.sqrt(1 - level**2) * clean + level * noise, batch.lengths_B)
         torch.testing.assert_close(motion, want, rtol=1e-4, atol=1e-4)
-    assert 0 < reward.asked[0][1] < 1 and reward.asked[-1][1] == 0.0
+    assert 0 < reward.noise_levels[0] < 1 and reward.noise_levels[-1] == 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +15,7 @@ from motionrft.core.errors import ConfigError
 from motionrft.core.memory import SavedTensorMeter
 from motionrft.core.protocols import GeneratorSpec, RewardModel, StepInfo
 from motionrft.core.rng import keyed_normal
-from motionrft.core.types import Condition, MotionBatch, Representation, RewardTerms, valid_mask
+from motionrft.core.types import Condition, MotionBatch, Representation, RewardTerms
 from motionrft.diffusion.denoise import initial_noise, sample
 from motionrft.diffusion.guidance import guide, guide_captioned
 from motionrft.finetune.rollout import Rollout
@@ -31,6 +30,7 @@ from motionrft.training.metrics import check_metric_name
 from motionrft.training.optim import OptimConfig
 from motionrft.training.runtime_local import LocalRuntime
 from motionrft.training.single import SingleEngine
+from tests.finetune_fixtures import Toy
 
 KIND = Representation.KINEMATIC
 RUNTIME = LocalRuntime()
@@ -50,40 +50,6 @@ ALL = [
     AlignProp(mode="bernoulli"),
     DRTune(grad_steps=2, last_steps=3),
 ]
-
-
-class Toy:
-    """semantic: mean frame near the caption's vector. similarity: mean frame near the target's. tick: call counter."""
-
-    def __init__(self) -> None:
-        self.noise_levels: list[float] = []
-        self.calls: list[tuple[tuple[str, ...], bool]] = []
-
-    def encode_text(self, condition: Condition) -> Tensor:
-        return condition.pooled_BD
-
-    def embed(self, motion_BTD: Tensor, lengths_B: Tensor, representation: Representation) -> Tensor:
-        mask = valid_mask(lengths_B, motion_BTD.shape[1])[..., None]
-        return torch.where(mask, motion_BTD, 0.0).sum(1)[:, :12] / lengths_B[:, None]
-
-    def score(
-        self,
-        motion_BTD: Tensor,
-        lengths_B: Tensor,
-        representation: Representation,
-        *,
-        text_BE: Tensor,
-        noise_level: float = 0.0,
-        target_BE: Tensor | None = None,
-        terms: Sequence[str],
-    ) -> RewardTerms:
-        self.noise_levels.append(noise_level)
-        self.calls.append((tuple(terms), motion_BTD.requires_grad))
-        z = self.embed(motion_BTD, lengths_B, representation)
-        values = {"semantic": -(z - text_BE).square().mean(1), "preference": motion_BTD.mean((1, 2))}
-        if target_BE is not None:
-            values["similarity"] = -(z - target_BE).square().mean(1)
-        return RewardTerms({name: values[name] for name in terms})
 
 
 def make(dropout: float = 0.0, solver: str = "ddim", seed: int = 0) -> MDMGenerator:

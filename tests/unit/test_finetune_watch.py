@@ -294,7 +294,8 @@ def test_a_snapshot_is_not_taken_again_at_another_batch(tmp_path: Path) -> None:
             save_checkpoint(place, Snapshot(done, steps, trained, {}), Card("test"))
 
     for done in (3, 4):
-        watch.save_once(Recorder(), tmp_path / "seconds_10", {"w": torch.zeros(1)}, done, {"updates": float(done), "seconds": 1.0})
+        position = {"updates": float(done), "seconds": 10.0 + done}
+        watch.save_once(Recorder(), tmp_path / "seconds_10", {"w": torch.zeros(1)}, done, position)
     assert [p.name for p in complete_checkpoints(tmp_path / "seconds_10")] == ["step_00000003"]
 
 

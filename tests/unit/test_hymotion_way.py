@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from motionrft.core.plain import to_plain
-from motionrft.core.types import Condition, MotionBatch, Representation, RewardTerms, valid_mask
-from motionrft.finetune.step import Objective, rollout_step
+from motionrft.core.types import Condition, MotionBatch
 from motionrft.finetune.strategies import DRaFT, EasyTune
 from motionrft.generators.hymotion import HYMotionConfig, HYMotionGenerator
 from motionrft.generators.lora import adapter_for, add_adapter
@@ -26,36 +23,13 @@ from motionrft.training.recipes.generator import GenerateJob, PretrainJob, Pretr
 from motionrft.training.recipes.generator_files import load_generator
 from motionrft.training.runtime_local import LocalRuntime
 from motionrft.training.single import SingleEngine
+from tests.finetune_fixtures import Toy, roll
 from tests.hymotion_fixtures import CLEAN, KIND, RELEASED, SMALL, make, make_batch
 from tests.prepare_fixtures import make_dataset
 
 RUNTIME = LocalRuntime()
 TINY = replace(CLEAN, width=32, frame_weight=1.0, train_frames=40, band_frames=10, zero_final=True)
-
-
-class Toy:
-    """semantic: mean frame near the sentence vector."""
-
-    def encode_text(self, condition: Condition) -> Tensor:
-        return condition.pooled_BD
-
-    def embed(self, motion_BTD: Tensor, lengths_B: Tensor, representation: Representation) -> Tensor:
-        mask = valid_mask(lengths_B, motion_BTD.shape[1])[..., None]
-        return torch.where(mask, motion_BTD, 0.0).sum(1)[:, 30:40] / lengths_B[:, None]
-
-    def score(
-        self,
-        motion_BTD: Tensor,
-        lengths_B: Tensor,
-        representation: Representation,
-        *,
-        text_BE: Tensor,
-        noise_level: float = 0.0,
-        target_BE: Tensor | None = None,
-        terms: Sequence[str],
-    ) -> RewardTerms:
-        z = self.embed(motion_BTD, lengths_B, representation)
-        return RewardTerms({"semantic": -(z - text_BE).square().mean(1)})
+FEATURES = slice(30, 40)  # of the joints' rotations
 
 
 class Watched(SingleEngine):
@@ -71,20 +45,8 @@ class Watched(SingleEngine):
 
 
 def rollout(engine: SingleEngine, generator: HYMotionGenerator, batch: MotionBatch, step: int = 0, strategy=None):
-    return rollout_step(
-        engine,
-        generator,
-        None,
-        Toy(),
-        batch,
-        objective=Objective(),
-        strategy=strategy or EasyTune(window=3, sweep_ratio=0.0),
-        num_steps=6,
-        progress=0.5,
-        step=step,
-        seed=0,
-        collective=RUNTIME,
-    )
+    strategy = strategy or EasyTune(window=3, sweep_ratio=0.0)
+    return roll(engine, generator, Toy(FEATURES), batch, strategy, num_steps=6, progress=0.5, step=step)
 
 
 @pytest.mark.parametrize("config", [SMALL, CLEAN, RELEASED, replace(SMALL, checkpoint_blocks=True)], ids=str)
@@ -109,7 +71,7 @@ def test_low_rank_fine_tuning_reaches_every_adapter_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("strategy", [EasyTune(window=3), EasyTune(window=2, score="x_prev"), DRaFT(2)], ids=str)
 def test_the_final_samples_reward_rises(strategy) -> None:
-    generator, batch, reward = make(replace(SMALL, width=32)), make_batch(), Toy()
+    generator, batch, reward = make(replace(SMALL, width=32)), make_batch(), Toy(FEATURES)
     engine = SingleEngine(generator.network, OptimConfig(lr=3e-3, schedule="constant"))
 
     def final_reward() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from motionrft.representations.kinematic import kinematic_to_joints
 from motionrft.representations.normalize import Normalizer
 from tests.latent_fixtures import KIND, SMALL, SMALL_LCM, batch_of, build_of, condition, small_lcm, small_mld
 
-MAKERS = {"mld": small_mld, "motionlcm": small_lcm}
+MAKERS = {"mld": small_mld, "mld in groups": partial(small_mld, frames_per_token=3), "motionlcm": small_lcm}
 
 
 @pytest.fixture(params=MAKERS)
@@ -316,6 +317,9 @@ def test_impossible_settings_are_refused_with_their_names() -> None:
         MotionLCMConfig(latent_tokens=0, grid_points=0)
     with pytest.raises(ConfigError, match="at most 56 frames"):
         small_mld(positions=60)
+    small_mld(positions=14, frames_per_token=6)
+    with pytest.raises(ConfigError, match="at most 54 frames"):
+        small_mld(positions=13, frames_per_token=6)
     with pytest.raises(ConfigError, match="sampling=tuned"):
         build = build_of("motionlcm", 12)
         type(small_lcm())(replace(build, spec=replace(build.spec, train_steps=500)), LCM_V2)

@@ -147,3 +147,10 @@ def test_a_model_of_our_own_survives_export_and_import(tmp_path: Path, family: s
         if path.suffix == ".ckpt":
             new, old = (read_content(p)["state_dict"] for p in (path, tmp_path / "released" / path.name))
             assert set(new) == set(old) and all(torch.equal(t, old[n]) for n, t in new.items())
+
+
+@pytest.mark.parametrize("family", ["mld", "motionlcm"])
+def test_an_autoencoder_of_groups_has_no_file(family: str) -> None:
+    config = replace(SMALL if family == "mld" else SMALL_LCM, frames_per_token=2)
+    with pytest.raises(ConfigError, match=r"single frames.*frames_per_token=2"):
+        FORMATS[family].write(FAMILIES[family][1](build_of(family, 32), config))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 from motionrft.core.errors import CheckpointError, ConfigError
 from motionrft.core.plain import to_plain
 from motionrft.core.protocols import StepInfo
-from motionrft.core.types import Condition, Representation, RewardTerms
-from motionrft.finetune.step import Objective, rollout_step
 from motionrft.finetune.strategies import DRaFT, EasyTune
 from motionrft.generators.base import Training
 from motionrft.generators.lora import adapter_for, add_adapter
@@ -30,6 +27,7 @@ from motionrft.training.recipes.generator import PretrainJob, PretrainRecipe, ru
 from motionrft.training.recipes.generator_files import load_generator
 from motionrft.training.runtime_local import LocalRuntime
 from motionrft.training.single import SingleEngine
+from tests.finetune_fixtures import Toy, roll
 from tests.latent_fixtures import SMALL, SMALL_LCM, batch_of, small_lcm, small_mld
 from tests.prepare_fixtures import make_dataset
 
@@ -102,30 +100,6 @@ def test_a_student_starts_as_its_teacher_and_its_target_follows() -> None:
 # ---------------------------------------------------------------------------------------------------------- fine-tuning
 
 
-class MeanFeature:
-    """semantic: the mean frame's distance from the caption's vector."""
-
-    def encode_text(self, condition: Condition) -> Tensor:
-        return condition.pooled_BD
-
-    def embed(self, motion_BTD: Tensor, lengths_B: Tensor, representation: Representation) -> Tensor:
-        return motion_BTD.sum(1)[:, :12] / lengths_B[:, None]
-
-    def score(
-        self,
-        motion_BTD: Tensor,
-        lengths_B: Tensor,
-        representation: Representation,
-        *,
-        text_BE: Tensor,
-        noise_level: float = 0.0,
-        target_BE: Tensor | None = None,
-        terms: Sequence[str],
-    ) -> RewardTerms:
-        found = self.embed(motion_BTD, lengths_B, representation)
-        return RewardTerms({"semantic": -(found - text_BE).square().mean(1)})
-
-
 class Watching(SingleEngine):
     """Keeps the gradients of its last step."""
 
@@ -136,9 +110,7 @@ class Watching(SingleEngine):
         return super().step()
 
 
-@pytest.mark.parametrize(
-    "strategy", [EasyTune(window=1), EasyTune(window=1, score="x_prev"), DRaFT(last_steps=0)], ids=str
-)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 @pytest.mark.parametrize("make", [small_mld, small_lcm])
 def test_rewards_reach_every_weight_of_the_denoiser(make, strategy) -> None:
     generator: LatentGenerator = make()
@@ -146,20 +118,7 @@ def test_rewards_reach_every_weight_of_the_denoiser(make, strategy) -> None:
     before = {name: t.clone() for name, t in generator.frozen.state_dict().items()}
     batch, totals = batch_of(), []
     for _ in range(10):
-        metrics = rollout_step(
-            engine,
-            generator,
-            None,
-            MeanFeature(),
-            batch,
-            objective=Objective(),
-            strategy=strategy,
-            num_steps=3,
-            progress=1.0,
-            step=0,
-            seed=0,
-            collective=RUNTIME,
-        )
+        metrics = roll(engine, generator, Toy(), batch, strategy, num_steps=3)
         totals.append(metrics["reward/total"])
     weights = dict(generator.network.named_parameters())
     assert set(engine.gradients) == set(weights)

@@ -198,7 +198,7 @@ def test_gradients_of_the_clean_estimate_are_amplified_for_noise_and_not_for_vel
 @pytest.mark.parametrize("config", [NOISE, SMALL], ids=["noise", "velocity"])
 def test_a_network_that_knows_the_answer_has_no_loss(config: MotionDiffuseConfig) -> None:
     generator, batch = make(config), make_batch()
-    drawn = generator.noisy(batch, 0, 0, 0.0)
+    drawn = generator.noisy(batch, 0, 0)
     ab = generator.alpha_bar[drawn.t_B].float()[:, None, None]
     clean = generator.encode(batch.motions[KIND], batch.lengths_B)
     torch.testing.assert_close(drawn.x_t, ab.sqrt() * clean + (1 - ab).sqrt() * drawn.noise, rtol=1e-4, atol=1e-5)
@@ -261,7 +261,7 @@ def test_guidance_needs_captions_dropped_in_training_and_then_works() -> None:
     empty = replace(batch.text, tokens_BLD=torch.zeros_like(batch.text.tokens_BLD))
     guided.guidance = 1.0
     torch.testing.assert_close(outs[0.0], output(guided, empty, x, batch.lengths_B), rtol=1e-5, atol=1e-5)
-    kept = torch.cat([guided.noisy(batch, step, 0, 0.3).keep_B for step in range(100)]).float().mean()
+    kept = torch.cat([guided.noisy(batch, step, 0).keep_B for step in range(100)]).float().mean()
     assert 0.6 < float(kept) < 0.8
 
 
