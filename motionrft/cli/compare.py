@@ -156,7 +156,7 @@ def summarise(
         "seeds": comparison.compare.seeds,
         "methods": {entry.name: _described(comparison, entry, results) for entry in comparison.entries},
         "evaluators": rows,
-        "cost": results["cost"],
+        "cost": {entry.name: results[f"cost_{entry.name}"] for entry in comparison.entries},
         "curves": curves,
         "race": race(semantic),
         "gradient_norms": {name: _norms(found) for name, found in logs.items()},

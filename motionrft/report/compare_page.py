@@ -57,7 +57,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _cost(summary: Mapping[str, Any]) -> dict[str, Any]:
-    cost = summary["cost"]["methods"]
+    cost = summary["cost"]
+    one = next(iter(cost.values()))
     lines = [
         [
             summary["methods"][name]["label"],
@@ -76,7 +77,7 @@ def _cost(summary: Mapping[str, Any]) -> dict[str, Any]:
         "columns": ["method", "updates", "s / update", "s / rollout", "network rows", "with gradient",
                     "activations, MiB", "accelerator peak, MiB"],
         "rows": lines,
-        "note": f"{summary['cost']['batch_size']} prompts, {summary['cost']['num_steps']} denoising steps, on the base."
+        "note": f"{one['batch_size']} prompts, {one['num_steps']} denoising steps, on the base."
         " Activations: most bytes that autograd keeps at one time, parameters and optimiser apart. Network rows count "
         "both guidance branches.",
     }  # fmt: skip
@@ -183,14 +184,14 @@ def _bars(
 
 def _memory(summary: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, Any]]:
     found = []
-    for name, cost in summary["cost"]["methods"].items():
+    for name, cost in summary["cost"].items():
         for steps, size in sorted(cost["saved_bytes_by_steps"].items(), key=lambda item: int(item[0])):
             found.append({
                 "chart": "Activation memory over the number of denoising steps", "series": labels[name],
                 "x": int(steps), "value": size / _MIB, "x_title": "denoising steps", "y_title": "MiB", "log": True,
                 "markers": True, "caption": "Most bytes kept for backward during one rollout of this model.",
             })  # fmt: skip
-    for name, cost in summary["cost"]["methods"].items():
+    for name, cost in summary["cost"].items():
         for seconds, size in cost.get("trace") or []:
             found.append({
                 "chart": "Activation memory during one rollout", "series": labels[name], "x": seconds,

@@ -17,7 +17,7 @@ from motionrft.core.plain import to_plain
 from motionrft.finetune.strategies import EasyTune, Strategy
 from motionrft.finetune.strategies.names import strategy_named
 from motionrft.reward.terms import LEARNED_TERMS
-from motionrft.training.recipes.cost import CostJob, Method
+from motionrft.training.recipes.cost import CostJob
 from motionrft.training.recipes.evaluate import BASE, REAL, EvaluateRecipe, RewardFolders, RowSpec, validation_recipe
 from motionrft.training.recipes.finetune import FinetuneJob, FinetuneRecipe
 from motionrft.training.stages import Stage
@@ -197,18 +197,11 @@ class Comparison:
                         to_plain(self._job(entry, seed)),
                     )
                 )
-        methods = {entry.name: Method(entry.recipe.strategy, dict(entry.recipe.weights)) for entry in self.entries}
-        cost = CostJob(
-            self.dataset,
-            self.generator,
-            self.entries[0].reward,
-            self.seed,
-            self.entries[0].recipe,
-            methods,
-            self.compare.cost_rollouts,
-            self.compare.cost_steps,
-        )
-        return [*found, Stage("cost", "motionrft.training.recipes.cost:run", to_plain(cost))]
+        for entry in self.entries:
+            spent = (self.compare.cost_rollouts, self.compare.cost_steps)
+            cost = CostJob(self.dataset, self.generator, entry.reward, self.seed, entry.recipe, *spent)
+            found.append(Stage(f"cost_{entry.name}", "motionrft.training.recipes.cost:run", to_plain(cost)))
+        return found
 
     def _job(self, entry: Entry, seed: int) -> FinetuneJob:
         batches = batches_for(entry.recipe.strategy, entry.recipe.num_steps, self.updates)

@@ -17,7 +17,6 @@ from motionrft.core.protocols import Runtime
 from motionrft.core.rng import derive_seed
 from motionrft.core.types import Representation
 from motionrft.finetune.step import Objective, rollout_step
-from motionrft.finetune.strategies import EasyTune, Strategy
 from motionrft.training.recipes.common import BatchSource, Split, close
 from motionrft.training.recipes.evaluate import RewardFolders
 from motionrft.training.recipes.finetune import FinetuneRecipe
@@ -25,55 +24,41 @@ from motionrft.training.recipes.generator_files import load_generator
 
 
 @dataclass(frozen=True)
-class Method:
-    """One method to measure."""
-
-    strategy: Strategy = field(default_factory=EasyTune)
-    """How it learns."""
-    weights: dict[str, float] = field(default_factory=lambda: {"semantic": 1.0})
-    """Reward term -> weight."""
-
-
-@dataclass(frozen=True)
 class CostJob:
-    """Which methods, on which model."""
+    """Which method, on which model."""
 
     dataset: str
     generator: str
     reward: RewardFolders
     seed: int = 0
     recipe: FinetuneRecipe = field(default_factory=FinetuneRecipe)
-    """Batch size, steps, lengths; its strategy and weights are not read."""
-    methods: dict[str, Method] = field(default_factory=dict)
-    """Name -> method."""
+    """Method, weights, batch size, steps, lengths."""
     rollouts: int = 3
-    """Timed rollouts per method, after one that is not counted."""
+    """Timed rollouts, after one that is not counted."""
     steps: tuple[int, ...] = ()
     """Numbers of denoising steps at which live activations are measured as well."""
 
 
 def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Stage: return per method seconds, activation memory and network calls of one rollout.
+    """Stage: return seconds, activation memory and network calls of one rollout.
 
-    Every rank takes part; what is returned is rank 0's. Keys per method: "seconds_per_rollout", "seconds_per_update",
-    "updates_per_rollout", "network_rows_with_gradient", "network_rows", "saved_bytes" (most live bytes that autograd
-    keeps), "accelerator_bytes" (on CUDA), "saved_bytes_by_steps" {S: bytes}, "trace" [[seconds, bytes], ...].
+    Every rank takes part; what is returned is rank 0's. Keys: "seconds_per_rollout", "seconds_per_update",
+    "updates_per_rollout", "network_rows", "network_rows_with_gradient" (both guidance branches count), "saved_bytes"
+    (most live bytes that autograd keeps), "saved_bytes_by_steps" {S: bytes}, "trace" [[seconds, bytes], ...],
+    "batch_size", "num_steps", and on CUDA "accelerator_bytes".
     """
     job = from_plain(CostJob, config, "cost")
     split = Split.open(job.dataset, "train", data)
     reward = job.reward.load(runtime.device)
-    found = {}
-    for name, method in job.methods.items():
-        found[name] = _measure(runtime, job, split, reward, method)
     folder.mkdir(parents=True, exist_ok=True)
-    return {"methods": found, "batch_size": job.recipe.batch_size, "num_steps": job.recipe.num_steps}
+    return _measure(runtime, job, split, reward)
 
 
-def _measure(runtime: Runtime, job: CostJob, split: Split, reward: Any, method: Method) -> dict[str, Any]:
+def _measure(runtime: Runtime, job: CostJob, split: Split, reward: Any) -> dict[str, Any]:
     recipe, seed = job.recipe, derive_seed("cost", job.seed)
     generator, reference = (load_generator(job.generator, runtime.device) for _ in range(2))
     reference.network.requires_grad_(False)
-    clips = recipe.similarity_target == "ground_truth" or method.strategy.needs_motions
+    clips = recipe.similarity_target == "ground_truth" or recipe.strategy.needs_motions
     kinds = [generator.spec.representation] if clips else [Representation.JOINT]
     frames = min(recipe.max_frames, generator.spec.max_frames)
     batches = BatchSource(split.prompting(generator.spec.text_encoder), kinds, frames, recipe.batch_size, seed, runtime)
@@ -90,8 +75,8 @@ def _measure(runtime: Runtime, job: CostJob, split: Split, reward: Any, method: 
             reference,
             reward,
             batches(step),
-            objective=Objective(weights=method.weights, similarity_target=recipe.similarity_target),
-            strategy=method.strategy,
+            objective=Objective(weights=recipe.weights, similarity_target=recipe.similarity_target),
+            strategy=recipe.strategy,
             num_steps=num_steps,
             progress=1.0,
             step=step,
@@ -111,8 +96,10 @@ def _measure(runtime: Runtime, job: CostJob, split: Split, reward: Any, method: 
     saved = [_saved(engine.module, lambda i=i: rollout(1 + i, recipe.num_steps)) for i in range(job.rollouts)]
     trace = memory_trace(lambda: rollout(1, recipe.num_steps), engine.module.parameters(), points=200)
     by_steps = {str(s): _saved(engine.module, lambda s=s: rollout(1, s)) for s in job.steps}
-    updates = method.strategy.updates_per_rollout(recipe.num_steps)
-    measured = {
+    updates = recipe.strategy.updates_per_rollout(recipe.num_steps)
+    measured: dict[str, Any] = {
+        "batch_size": recipe.batch_size,
+        "num_steps": recipe.num_steps,
         "seconds_per_rollout": sum(seconds) / len(seconds),
         "seconds_per_update": sum(seconds) / len(seconds) / updates,
         "updates_per_rollout": updates,
