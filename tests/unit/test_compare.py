@@ -96,7 +96,8 @@ def test_all_methods_make_the_updates_of_the_first(tmp_path: Path) -> None:
     assert {job["seed"] for name, job in jobs.items() if name.endswith("_1")} == {8}
     assert jobs["easytune_0"]["as_long_as"] == "" and jobs["refl-3_1"]["as_long_as"] == str(tmp_path / "easytune_1")
     json.dumps([stage.config for stage in made.stages()])  # what reaches a worker is plain
-    fixed = {s.name: s.config for s in comparison(tmp_path, seconds=5.0, updates=30).stages() if not s.name.startswith("cost_")}
+    timed = comparison(tmp_path, seconds=5.0, updates=30).stages()
+    fixed = {s.name: s.config for s in timed if not s.name.startswith("cost_")}
     assert all(job["as_long_as"] == "" and job["recipe"]["snapshot_seconds"] == [5.0] for job in fixed.values())
 
 

@@ -89,7 +89,7 @@ def test_a_bad_field_is_named_with_what_was_expected(flag: str, words: str) -> N
 
 
 def test_unknown_presets_profiles_and_files_are_refused() -> None:
-    with pytest.raises(ConfigError, match="known: paper"):
+    with pytest.raises(ConfigError, match="known: easytune, motionrft, paper"):
         resolve("papr")
     with pytest.raises(ConfigError, match="cpu2"):
         resolve(profile="cpu3")
