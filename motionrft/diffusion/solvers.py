@@ -106,13 +106,13 @@ def flow_sde_table(num_steps: int, noise: float) -> SolverTable:
     """Return Euler-Maruyama steps of the SDE whose marginals are those of the flow; velocity as in `flow_euler_table`.
 
     x_prev = x + h [v + s^2 (t v - x) / (2 (1 - t))] + s sqrt(h) noise with s = a sqrt((1 - t) / t). In the first step,
-    where s is infinite, its denominator is the second step's t.
+    where s is infinite, its denominator is the second step's t; that leaves the variance up to a^4 / 4 too large.
 
     Args:
         num_steps: S.
         noise: a; 0 gives the Euler steps themselves.
 
-    Source: Flow-GRPO (Liu et al.), Eq. 9; there t counts from data to noise.
+    Source: Flow-GRPO (Liu et al.), where t counts from data to noise.
     Differs: the last step is the plain Euler step. Nothing learns from it, and its noise, of the size of one step,
     would stay in the sample.
     """
