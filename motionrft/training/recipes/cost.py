@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,10 @@ from motionrft.core.memory import SavedTensorMeter, memory_trace
 from motionrft.core.plain import from_plain
 from motionrft.core.protocols import Runtime
 from motionrft.core.rng import derive_seed
-from motionrft.core.types import Representation
-from motionrft.finetune.step import Objective, rollout_step
-from motionrft.training.recipes.common import BatchSource, Split, close
+from motionrft.finetune.step import rollout_step
+from motionrft.training.recipes.common import close
 from motionrft.training.recipes.evaluate import RewardFolders
-from motionrft.training.recipes.finetune import FinetuneRecipe
-from motionrft.training.recipes.generator_files import load_generator
+from motionrft.training.recipes.finetune import FinetuneRecipe, assemble
 
 
 @dataclass(frozen=True)
@@ -48,24 +47,21 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
     "batch_size", "num_steps", and on CUDA "accelerator_bytes".
     """
     job = from_plain(CostJob, config, "cost")
-    split = Split.open(job.dataset, "train", data)
-    reward = job.reward.load(runtime.device)
     folder.mkdir(parents=True, exist_ok=True)
-    return _measure(runtime, job, split, reward)
+    return _measure(runtime, job, data)
 
 
-def _measure(runtime: Runtime, job: CostJob, split: Split, reward: Any) -> dict[str, Any]:
+def _measure(runtime: Runtime, job: CostJob, data: Mapping[str, Any]) -> dict[str, Any]:
     recipe, seed = job.recipe, derive_seed("cost", job.seed)
-    generator, reference = (load_generator(job.generator, runtime.device) for _ in range(2))
-    reference.network.requires_grad_(False)
-    clips = recipe.similarity_target == "ground_truth" or recipe.strategy.needs_motions
-    kinds = [generator.spec.representation] if clips else [Representation.JOINT]
-    frames = min(recipe.max_frames, generator.spec.max_frames)
-    batches = BatchSource(split.prompting(generator.spec.text_encoder), kinds, frames, recipe.batch_size, seed, runtime)
+    parts = assemble(runtime, recipe, job.dataset, job.generator, job.reward, seed, data)
+    generator, reference, reward = parts.generator, parts.reference, parts.reward
     # The rate is next to nothing: every method is measured on the model it would start from.
     optim = replace(recipe.optim, lr=1e-12, schedule="constant", total_steps=0)
     engine = runtime.build_engine(generator.network, optim)
     calls = _Calls(engine.module)
+    # Weights are there whatever the method: only what a rollout adds is measured.
+    modules = (engine.module, generator.frozen, reference.network, reference.frozen, reward)
+    weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
     def rollout(step: int, num_steps: int) -> float:
         started = time.perf_counter()
@@ -74,8 +70,8 @@ def _measure(runtime: Runtime, job: CostJob, split: Split, reward: Any) -> dict[
             generator,
             reference,
             reward,
-            batches(step),
-            objective=Objective(weights=recipe.weights, similarity_target=recipe.similarity_target),
+            parts.batches(step),
+            objective=parts.objective,
             strategy=recipe.strategy,
             num_steps=num_steps,
             progress=1.0,
@@ -93,9 +89,9 @@ def _measure(runtime: Runtime, job: CostJob, split: Split, reward: Any) -> dict[
         torch.cuda.reset_peak_memory_stats(runtime.device)
     seconds = [rollout(1 + i, recipe.num_steps) for i in range(job.rollouts)]
     counted = {name: rows / job.rollouts for name, rows in calls.rows.items()}
-    saved = [_saved(engine.module, lambda i=i: rollout(1 + i, recipe.num_steps)) for i in range(job.rollouts)]
-    trace = memory_trace(lambda: rollout(1, recipe.num_steps), engine.module.parameters(), points=200)
-    by_steps = {str(s): _saved(engine.module, lambda s=s: rollout(1, s)) for s in job.steps}
+    saved = [_saved(weights, partial(rollout, 1 + i, recipe.num_steps)) for i in range(job.rollouts)]
+    trace = memory_trace(partial(rollout, 1, recipe.num_steps), weights, points=200)
+    by_steps = {str(s): _saved(weights, partial(rollout, 1, s)) for s in job.steps}
     updates = recipe.strategy.updates_per_rollout(recipe.num_steps)
     measured: dict[str, Any] = {
         "batch_size": recipe.batch_size,
@@ -116,8 +112,8 @@ def _measure(runtime: Runtime, job: CostJob, split: Split, reward: Any) -> dict[
     return measured
 
 
-def _saved(module: torch.nn.Module, rollout: Any) -> int:
-    with SavedTensorMeter(ignore=module.parameters()) as meter:
+def _saved(weights: Sequence[Tensor], rollout: Callable[[], object]) -> int:
+    with SavedTensorMeter(ignore=weights) as meter:
         rollout()
     return meter.peak_bytes
 

@@ -19,6 +19,7 @@ from motionrft.finetune.step import SIMILARITY_TARGETS, Objective, rollout_step
 from motionrft.finetune.strategies import EasyTune, Strategy
 from motionrft.generators.base import Generator
 from motionrft.generators.lora import Adapter, adapter_for, add_adapter
+from motionrft.reward.motion_reward import MotionReward
 from motionrft.reward.terms import LEARNED_TERMS, TERMS, import_terms, without_gradient
 from motionrft.training.checkpoint import Card, CheckpointStore
 from motionrft.training.ema import Ema
@@ -186,34 +187,74 @@ class FinetuneJob:
     """Folder of a finished fine-tuning stage whose training seconds are one more of `snapshot_seconds`."""
 
 
-def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Stage: fine-tune and write FOLDER/model; return the last metrics and validation scores."""
-    job = from_plain(FinetuneJob, config, "finetune")
-    recipe = job.recipe
-    generator = load_generator(job.generator, runtime.device)
-    split = Split.open(job.dataset, "train", data).prompting(generator.spec.text_encoder)
-    reference = load_generator(job.generator, runtime.device)
+@dataclass(frozen=True)
+class Parts:
+    """What every batch of a fine-tuning needs, before an engine wraps the network."""
+
+    generator: Generator  # only what is trained asks for gradients
+    reference: Generator
+    reward: MotionReward
+    objective: Objective
+    batches: BatchSource
+    adapter: Adapter | None
+
+
+def assemble(
+    runtime: Runtime,
+    recipe: FinetuneRecipe,
+    dataset: str,
+    generator_folder: str,
+    rewards: RewardFolders,
+    seed: int,
+    data: Mapping[str, Any],
+) -> Parts:
+    """Return the parts that a recipe describes.
+
+    Args:
+        runtime: device, rank.
+        recipe: how.
+        dataset: folder.
+        generator_folder: model to start from.
+        rewards: the reward.
+        seed: of batches and adapters.
+        data: as stages get it.
+
+    Raises:
+        RepresentationError: a driving term that the reward does not have for this generator.
+    """
+    generator, reference = (load_generator(generator_folder, runtime.device) for _ in range(2))
     reference.network.requires_grad_(False)
-    reward = job.reward.load(runtime.device)
+    split = Split.open(dataset, "train", data).prompting(generator.spec.text_encoder)
+    reward = rewards.load(runtime.device)
     require_text_encoder(reward, split)
+    kind = generator.spec.representation
     # A weight of 0 asks for nothing: the term is watched where the reward has it, and not missed where it has not.
-    known = reward.terms_for(generator.spec.representation)
+    known = reward.terms_for(kind)
     objective = Objective(
         weights={n: w for n, w in recipe.weights.items() if w or n in known},
-        terms=tuple(n for n in job.reward.terms if n not in recipe.weights and n in known),
+        terms=tuple(n for n in rewards.terms if n not in recipe.weights and n in known),
         similarity_target=recipe.similarity_target,
         ceiling=recipe.reward_ceiling,
         reference_pull=recipe.reference_pull,
         gradients_every=recipe.log_term_gradients_every,
     )
+    reward.check_terms(objective.driving, kind)
     generator.guidance_gradient = recipe.guidance_gradient
-    reward.check_terms(objective.driving, generator.spec.representation)
     clips = recipe.similarity_target == "ground_truth" or recipe.strategy.needs_motions
-    kinds = [generator.spec.representation] if clips else []
-    seed = derive_seed("finetune", job.seed)
     frames = min(recipe.max_frames, generator.spec.max_frames)
-    batches = BatchSource(split, kinds or [Representation.JOINT], frames, recipe.batch_size, seed, runtime)
-    adapter = _prepare(generator, recipe, seed)
+    kinds = [kind] if clips else [Representation.JOINT]
+    batches = BatchSource(split, kinds, frames, recipe.batch_size, seed, runtime)
+    return Parts(generator, reference, reward, objective, batches, _prepare(generator, recipe, seed))
+
+
+def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Stage: fine-tune and write FOLDER/model; return the last metrics and validation scores."""
+    job = from_plain(FinetuneJob, config, "finetune")
+    recipe = job.recipe
+    seed = derive_seed("finetune", job.seed)
+    parts = assemble(runtime, recipe, job.dataset, job.generator, job.reward, seed, data)
+    generator, reference, reward, objective = parts.generator, parts.reference, parts.reward, parts.objective
+    batches = parts.batches
     engine = runtime.build_engine(generator.network, replace(recipe.optim, total_steps=recipe.updates))
     ema = Ema(engine.trainable_tensors(), recipe.ema_decay) if recipe.ema_decay else None
     description, fixed = load_description(job.generator)
@@ -221,7 +262,7 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
         description.kind, {**description.config, "origin": {"finetune": to_plain(job)}}, description.fingerprints
     )
     _write_plan(recipe, folder, runtime)
-    store = Store(adapter, reference, card, fixed, Path(job.generator))
+    store = Store(parts.adapter, reference, card, fixed, Path(job.generator))
     # Methods differ in updates per batch and seconds per update: only the snapshots say when a race is over.
     total = recipe.batches * _RACE if recipe.until_snapshots else recipe.batches
     seconds = (*recipe.snapshot_seconds, *_as_long_as(job))
@@ -230,7 +271,7 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
         held_out = Split.open(job.dataset, "val", data).prompting(generator.spec.text_encoder)
         probe = Probe(
             engine, ema, generator, reference, reward, objective, held_out,
-            clips=recipe.probe_clips, num_steps=recipe.num_steps, max_frames=frames, runtime=runtime,
+            clips=recipe.probe_clips, num_steps=recipe.num_steps, max_frames=batches.max_frames, runtime=runtime,
         )  # fmt: skip
     if recipe.validate_every:
         where = (job.dataset, job.generator, job.evaluators, job.validation)
