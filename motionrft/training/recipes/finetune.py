@@ -164,6 +164,11 @@ class FinetuneRecipe:
         """Optimiser steps of the whole run."""
         return self.batches * self.strategy.updates_per_rollout(self.num_steps)
 
+    @property
+    def optim_for_run(self) -> OptimConfig:
+        """The optimiser settings with the length of this run; a constant rate needs none."""
+        return replace(self.optim, total_steps=0 if self.optim.schedule == "constant" else self.updates)
+
 
 @dataclass(frozen=True)
 class FinetuneJob:
@@ -255,7 +260,7 @@ def run(runtime: Runtime, config: Mapping[str, Any], folder: Path, data: Mapping
     parts = assemble(runtime, recipe, job.dataset, job.generator, job.reward, seed, data)
     generator, reference, reward, objective = parts.generator, parts.reference, parts.reward, parts.objective
     batches = parts.batches
-    engine = runtime.build_engine(generator.network, replace(recipe.optim, total_steps=recipe.updates))
+    engine = runtime.build_engine(generator.network, recipe.optim_for_run)
     ema = Ema(engine.trainable_tensors(), recipe.ema_decay) if recipe.ema_decay else None
     description, fixed = load_description(job.generator)
     card = Card(
