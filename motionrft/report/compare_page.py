@@ -40,8 +40,8 @@ def _quality(summary: Mapping[str, Any], rows: Mapping[str, Any], budget: str, t
             lines.append([method["label"], *paid, *_cells(row)])
     over = "seeds; the base's are over noise seeds" if summary["seeds"] > 1 else "prompts: one seed"
     note = (
-        f"Split {summary['split']}, fine-tuning seeds: {summary['seeds']}. 95 % intervals over {over}. Same prompts, noise "
-        "and pools in every row. Seconds are training seconds on this machine."
+        f"Split {summary['split']}, fine-tuning seeds: {summary['seeds']}. 95 % intervals over {over}. Same prompts, "
+        "noise and pools in every row. Seconds are training seconds on this machine."
     )
     columns = ["method", "updates", "seconds", *(label for label, _ in _QUALITY.values())]
     return {"title": title, "columns": columns, "rows": lines, "note": note}

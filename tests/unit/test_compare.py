@@ -90,6 +90,7 @@ def test_all_methods_make_the_updates_of_the_first(tmp_path: Path) -> None:
     made = comparison(tmp_path)
     assert made.updates == 6 * 4
     assert [batches_for(e.recipe.strategy, 10, made.updates) for e in made.entries] == [6, 24, 24]
+    assert batches_for(EasyTune(window=4), 10, 30) == 8  # at least as many
     jobs = {stage.name: stage.config for stage in made.stages() if not stage.name.startswith("cost_")}
     assert list(jobs) == [f"{n}_{s}" for s in (0, 1) for n in ("easytune", "draft-50", "refl-3")]
     assert {job["recipe"]["optim"]["schedule"] for job in jobs.values()} == {"constant"}
